@@ -1,0 +1,2 @@
+// The step loop. Plain C++: no torch, no Python.
+#pragma once
