@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .formats import GGUF_BLOCKS
+
 _fake = torch.library.register_fake
 
 
@@ -62,24 +64,9 @@ def _(packed, scale, offset, group_size, bits, out_dtype=torch.float32):
     return packed.new_empty((n, row * 8 // bits), dtype=out_dtype)
 
 
-_GGUF_BLOCKS = {  # type: (elements, bytes) of a block; ggml's ggml-common.h
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-}
-
-
 @_fake("narrowcast::dequantize_gguf")
 def _(blocks, type, out_dtype=torch.float32):
-    elements, size = _GGUF_BLOCKS[type]
+    elements, size = GGUF_BLOCKS[type]
     return blocks.new_empty(
         (*blocks.shape[:-1], blocks.shape[-1] // size * elements), dtype=out_dtype
     )

@@ -1,0 +1,3 @@
+#include "dequantize/dequantize_blocks.h"
+
+NC_DEQUANTIZE_KERNELS(avx512)

@@ -1,0 +1,182 @@
+"""Bit for bit: dequantize_gguf against the format's own package, dequantize_int8 against torch."""
+
+import math
+
+import pytest
+import torch
+from narrowcast.kernels.dequantize import dequantize_ref as ref
+
+from conftest import forced, variants
+from narrowcast.formats import GGUF_BLOCKS
+
+ops = torch.ops.narrowcast
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# Where a block keeps its float16 scales; the rest may be any byte.
+SCALES_AT = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+
+
+def random_blocks(type, *lead, special=None):
+    size = GGUF_BLOCKS[type][1]
+    blocks = torch.randint(0, 256, (*lead, size), dtype=torch.uint8)
+    if type in ("F32", "F16", "BF16"):
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[type]
+        blocks = torch.randn(*lead, 1).to(dtype).view(torch.uint8)
+    for at in SCALES_AT.get(type, ()):
+        scale = torch.randn(*lead, 1) * 0.1 if special is None else torch.full((*lead, 1), special)
+        blocks[..., at : at + 2] = scale.half().view(torch.uint8)
+    return blocks.flatten(-2)
+
+
+def same_bits(a, b):
+    integer = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
+
+
+@pytest.mark.parametrize("variant", variants("dequantize_gguf"))
+@pytest.mark.parametrize("type", GGUF_BLOCKS)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_gguf_bit_equal_package(variant, type, out_dtype):
+    for lead in ((1, 1), (3, 7), (2, 3, 9), (5,), (70, 11)):
+        blocks = random_blocks(type, *lead)
+        with forced("dequantize_gguf", variant):
+            out = ops.dequantize_gguf(blocks, type, out_dtype)
+        assert same_bits(out, ref.dequantize_gguf(blocks, type, out_dtype))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("variant", variants("dequantize_gguf"))
+@pytest.mark.parametrize("type", SCALES_AT)
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf, 0.0, 6e-8, 65504.0])
+def test_gguf_special_scales(variant, type, special):
+    blocks = random_blocks(type, 3, 2, special=special)
+    with forced("dequantize_gguf", variant):
+        out = ops.dequantize_gguf(blocks, type)
+    expected = ref.dequantize_gguf(blocks, type)
+    assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(out.isnan(), expected.isnan())
+
+
+def test_gguf_plain_types_keep_every_value():
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    for type, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        blocks = every.view(torch.uint8)
+        expected = every.view(dtype)
+        out = ops.dequantize_gguf(blocks, type, dtype)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+
+
+def test_gguf_empty_strided_unaligned():
+    assert ops.dequantize_gguf(torch.empty(0, 144, dtype=torch.uint8), "Q4_K").shape == (0, 256)
+    assert ops.dequantize_gguf(torch.empty(3, 0, dtype=torch.uint8), "Q4_K").shape == (3, 0)
+    for type, (_, size) in GGUF_BLOCKS.items():
+        blocks = random_blocks(type, 6, 2)
+        flat = torch.empty(blocks.numel() + 1, dtype=torch.uint8)
+        unaligned = flat[1:].view(blocks.shape).copy_(blocks)
+        expected = ref.dequantize_gguf(blocks, type)
+        assert same_bits(ops.dequantize_gguf(unaligned, type), expected)
+        assert same_bits(ops.dequantize_gguf(blocks[::2], type), expected[::2])
+        assert same_bits(
+            ops.dequantize_gguf(blocks[:, size:], type), ref.dequantize_gguf(blocks[:, size:], type)
+        )
+        one = blocks[:1].expand(4, -1)
+        assert same_bits(ops.dequantize_gguf(one, type), ref.dequantize_gguf(one, type))
+
+
+def test_gguf_opcheck_and_compile():
+    blocks = random_blocks("Q6_K", 3, 2)
+    torch.library.opcheck(ops.dequantize_gguf.default, (blocks, "Q6_K", torch.float16))
+    compiled = torch.compile(
+        lambda b: ops.dequantize_gguf(b, "Q6_K") + 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(blocks), ref.dequantize_gguf(blocks, "Q6_K") + 1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.zeros(2, 36), "Q4_0"), r"blocks must be uint8 \[\.\.\., bytes\], got float32"),
+        ((torch.zeros((), dtype=torch.uint8), "Q4_0"), "blocks must be uint8"),
+        ((torch.zeros(2, 17, dtype=torch.uint8), "Q4_0"), "multiple of 18 bytes .* got 17"),
+        ((torch.zeros(2, 36, dtype=torch.uint8), "Q3_K"), "type must be .*, got 'Q3_K'"),
+        ((torch.zeros(2, 36, dtype=torch.uint8), "Q4_0", torch.int8), "out_dtype must be"),
+    ],
+)
+def test_gguf_bad_input(arguments, message):
+    with pytest.raises(RuntimeError, match=f"dequantize_gguf: .*{message}"):
+        ops.dequantize_gguf(*arguments)
+
+
+def int8_inputs(shape, group, dtype=torch.int8, with_zero=True):
+    low, high = (-128, 128) if dtype == torch.int8 else (0, 256)
+    q = torch.randint(low, high, shape, dtype=dtype)
+    lead = (*shape[:-1], shape[-1] // group) if group else shape[:-1]
+    zero = torch.randint(-300, 300, lead, dtype=torch.int32) if with_zero else None
+    return q, torch.randn(lead), zero, group
+
+
+@pytest.mark.parametrize("variant", variants("dequantize_int8"))
+@pytest.mark.parametrize("shape, group", [
+    ((7,), 0), ((1, 1), 0), ((5, 13), 0), ((3, 7, 300), 0), ((300, 64), 32), ((2, 3, 77), 11),
+    ((9,), 3),
+])  # fmt: skip
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_int8_bit_equal_reference(variant, shape, group, out_dtype):
+    for dtype in (torch.int8, torch.uint8):
+        for with_zero in (False, True):
+            inputs = int8_inputs(shape, group, dtype, with_zero)
+            with forced("dequantize_int8", variant):
+                out = ops.dequantize_int8(*inputs, out_dtype)
+            assert same_bits(out, ref.dequantize_int8(*inputs, out_dtype))
+
+
+def test_int8_per_tensor_empty_strided():
+    q, _, _, _ = int8_inputs((4, 6), 0)
+    scale, zero = torch.tensor(0.25), torch.tensor(-3, dtype=torch.int32)
+    assert torch.equal(ops.dequantize_int8(q, scale, zero), (q.int() + 3) * 0.25)
+    assert ops.dequantize_int8(*int8_inputs((0, 6), 0)).shape == (0, 6)
+    assert ops.dequantize_int8(*int8_inputs((3, 0), 0)).shape == (3, 0)
+    q, scale, zero, group = int8_inputs((8, 64), 32)
+    strided = (q[::2], scale[::2], zero[::2], group)
+    assert torch.equal(ops.dequantize_int8(*strided), ref.dequantize_int8(*strided))
+    wide = (q.t().contiguous().t(), scale[:1].expand(8, 2), zero[:, :1].expand(8, 2), group)
+    assert torch.equal(ops.dequantize_int8(*wide), ref.dequantize_int8(*wide))
+
+
+def test_int8_opcheck_and_compile():
+    inputs = int8_inputs((6, 64), 32)
+    torch.library.opcheck(ops.dequantize_int8.default, inputs)
+    compiled = torch.compile(
+        lambda *a: ops.dequantize_int8(*a) + 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*inputs), ref.dequantize_int8(*inputs) + 1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": torch.ones(6, 64)}, r"q must be int8 or uint8 \[\.\.\., K\], got float32"),
+        ({"group_size": 7}, "group_size must be 0 .* or divide K = 64, got 7"),
+        ({"group_size": -1}, "group_size must be 0"),
+        ({"scale": torch.ones(6, 1)}, "scale must be float32"),
+        ({"scale": torch.ones(6, 2).double()}, "scale must be float32"),
+        ({"scale": torch.tensor(1.0)}, "scale must be float32"),
+        ({"zero_point": torch.ones(6, 2)}, "zero_point must be int32"),
+        ({"zero_point": torch.ones(2, 6, dtype=torch.int32)}, "zero_point must be int32"),
+        ({"out_dtype": torch.int8}, "out_dtype must be"),
+    ],
+)
+def test_int8_bad_input(change, message):
+    arguments = dict(zip(("q", "scale", "zero_point", "group_size"), int8_inputs((6, 64), 32)))
+    with pytest.raises(RuntimeError, match=f"dequantize_int8: .*{message}"):
+        ops.dequantize_int8(**(arguments | change))
