@@ -281,7 +281,7 @@ for _op in (
 
 
 def _refuse_gradients(op: str) -> None:
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, output, keyword_only_inputs=None):
         raise RuntimeError(
             f"{op}: inputs must not require grad, this op has no gradient; "
             "call it under torch.no_grad() or torch.inference_mode()"

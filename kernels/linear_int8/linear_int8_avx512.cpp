@@ -1,0 +1,269 @@
+// linear_int8 with vpdpbusd, which multiplies unsigned by signed bytes: the weights are stored plus
+// 128, and the accumulators of row m start at -128 * sum_k x[m, k], which cancels the shift exactly
+// (modulo 2^32).
+//
+// Panel: [K / 4][64][4] bytes (K padded by zeros), then the sums of its 64 rows as int32.
+// Tile: 6 rows x 64 columns = 24 accumulators, 4 weight vectors and a broadcast of 4 activations:
+// 29 registers; with groups 3 x 64, since integer and float accumulators are live together. Bound:
+// one vpdpbusd (64 products) per cycle on Zen 4; for few rows the bandwidth of the packed weights.
+#include <immintrin.h>
+
+#include "common/epilogue_avx512.h"
+#include "linear_int8/linear_int8.h"
+
+namespace narrowcast {
+namespace {
+
+constexpr int64_t kStep = kLinearInt8Panel * 4;  // bytes of a panel per 4 columns of x
+
+int64_t padded(int64_t depth) { return (depth + 3) / 4 * 4; }
+int64_t panel_bytes(int64_t depth) { return padded(depth) * kLinearInt8Panel + kStep; }
+
+// 16 rows of 64 bytes -> 16 steps of 16 columns x 4 bytes: a transposition of 32-bit words.
+inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+void pack(const int8_t* w, int64_t ldw, int columns, int64_t depth, uint8_t* panel) {
+  const __m512i flip = _mm512_set1_epi8(-128), ones = _mm512_set1_epi8(1);
+  int32_t* w_sum = reinterpret_cast<int32_t*>(panel + padded(depth) * kLinearInt8Panel);
+  for (int n = 0; n < kLinearInt8Panel; n += 16) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = 0; k < depth; k += 64) {
+      const int64_t left = depth - k;
+      const __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i)
+        r[i] = n + i < columns ? _mm512_maskz_loadu_epi8(mask, w + (n + i) * ldw + k)
+                               : _mm512_setzero_si512();
+      transpose16(r);
+      const int64_t steps = left >= 64 ? 16 : (left + 3) / 4;
+      for (int64_t s = 0; s < steps; ++s) {
+        sum = _mm512_dpbusd_epi32(sum, ones, r[s]);
+        _mm512_storeu_si512(panel + (k / 4 + s) * kStep + n * 4, _mm512_xor_si512(r[s], flip));
+      }
+    }
+    _mm512_storeu_si512(w_sum + n, sum);
+  }
+}
+
+void row_starts(const int8_t* x, int64_t ldx, int64_t rows, int64_t depth, int64_t piece,
+                int32_t* start) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += piece) {
+      const int64_t end = depth - k0 < piece ? depth : k0 + piece;
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t k = k0; k < end; k += 64) {
+        const __mmask64 mask = end - k >= 64 ? ~0ull : (1ull << (end - k)) - 1;
+        sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(mask, x + m * ldx + k));
+      }
+      *start++ = static_cast<int32_t>(static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)) * -128u);
+    }
+}
+
+template <int R, int V>
+[[gnu::always_inline]] inline void multiply(const int8_t* x, int64_t ldx, const uint8_t* w,
+                                            int64_t steps, __m512i (&acc)[R][V]) {
+  for (int64_t s = 0; s < steps; ++s, w += kStep) {
+    __m512i weights[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) weights[v] = _mm512_loadu_si512(w + v * 64);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, x + r * ldx + s * 4, 4);
+      const __m512i activations = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+        acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], weights[v], activations);
+    }
+  }
+}
+
+// Rows of accumulators, 64 apart, to the output. `sums`: the accumulators are float sums of pieces.
+[[gnu::noinline]] void finish_tile(const LinearInt8Args& a, const __m512i* tile, bool sums,
+                                   int64_t m0, int rows, int64_t n0, int columns,
+                                   const int32_t* w_sum) {
+  for (int v = 0; v * 16 < columns; ++v) {
+    const int left = columns - v * 16;
+    const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    const int64_t n = n0 + v * 16;
+    const __m512 w_scale =
+        a.w_scale_stride ? _mm512_maskz_loadu_ps(mask, a.w_scale + n) : _mm512_set1_ps(*a.w_scale);
+    const __m512i w_total = _mm512_loadu_si512(w_sum + v * 16);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t m = m0 + r;
+      __m512i acc = tile[r * 4 + v];
+      __m512 y;
+      if (!sums) {
+        if (a.x_zero_point)
+          acc = _mm512_sub_epi32(acc,
+                                 _mm512_mullo_epi32(_mm512_set1_epi32(a.x_zero_point[m]), w_total));
+        y = _mm512_cvtepi32_ps(acc);
+      } else {
+        y = _mm512_castsi512_ps(acc);
+        if (a.x_zero_point)
+          y = _mm512_sub_ps(y, _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(a.x_zero_point[m])),
+                                             _mm512_cvtepi32_ps(w_total)));
+      }
+      if (!a.group) y = _mm512_mul_ps(y, _mm512_set1_ps(a.x_scale[m * a.x_scale_stride]));
+      finish16(a.epilogue, _mm512_mul_ps(y, w_scale), m, n, mask);
+    }
+  }
+}
+
+template <int R, int V>
+void tile(const LinearInt8Args& a, const uint8_t* panel, int64_t m, int64_t n0, int columns) {
+  const int8_t* x = a.x + m * a.ldx;
+  const int32_t* w_sum =
+      reinterpret_cast<const int32_t*>(panel + padded(a.depth) * kLinearInt8Panel);
+  __m512i acc[R][V], out[R][4];
+  if (a.pieces == 1 && !a.group) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm512_set1_epi32(a.start[m + r]);
+    multiply<R, V>(x, a.ldx, panel, padded(a.depth) / 4, acc);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) _mm512_store_si512(&out[r][v], acc[r][v]);
+    return finish_tile(a, out[0], false, m, R, n0, columns, w_sum);
+  }
+  if constexpr (R <= 3) {
+    __m512 total[R][V];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) total[r][v] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < a.pieces; ++p) {
+      const int64_t k = p * a.piece, count = a.depth - k < a.piece ? a.depth - k : a.piece;
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[r][v] = _mm512_set1_epi32(a.start[(m + r) * a.pieces + p]);
+      multiply<R, V>(x + k, a.ldx, panel + k / 4 * kStep, padded(count) / 4, acc);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m512 scale =
+            _mm512_set1_ps(a.group ? a.x_scale[(m + r) * a.x_scale_stride + p] : 1.0f);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v)
+          total[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][v]), scale, total[r][v]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) _mm512_store_si512(&out[r][v], _mm512_castps_si512(total[r][v]));
+    finish_tile(a, out[0], true, m, R, n0, columns, w_sum);
+  }
+}
+
+template <int V>
+void block_of(const LinearInt8Args& a, const uint8_t* panel, int64_t m0, int64_t m1, int64_t n0,
+              int columns) {
+  int64_t m = m0;
+  if (a.pieces == 1 && !a.group)
+    for (; m + 6 <= m1; m += 6) tile<6, V>(a, panel, m, n0, columns);
+  else
+    for (; m + 3 <= m1; m += 3) tile<3, V>(a, panel, m, n0, columns);
+  switch (m1 - m) {
+    case 1:
+      return tile<1, V>(a, panel, m, n0, columns);
+    case 2:
+      return tile<2, V>(a, panel, m, n0, columns);
+    case 3:
+      return tile<3, V>(a, panel, m, n0, columns);
+    case 4:
+      return tile<4, V>(a, panel, m, n0, columns);
+    case 5:
+      return tile<5, V>(a, panel, m, n0, columns);
+  }
+}
+
+void block(const LinearInt8Args& a, const uint8_t* panel, int64_t m0, int64_t m1, int64_t n0,
+           int columns) {
+  switch ((columns + 15) / 16) {
+    case 1:
+      return block_of<1>(a, panel, m0, m1, n0, columns);
+    case 2:
+      return block_of<2>(a, panel, m0, m1, n0, columns);
+    case 3:
+      return block_of<3>(a, panel, m0, m1, n0, columns);
+    default:
+      return block_of<4>(a, panel, m0, m1, n0, columns);
+  }
+}
+
+// Row-major weights: 16 dot products along K at once, then one transposition adds up their lanes.
+void direct(const LinearInt8Args& a, int64_t n0, int64_t n1) {
+  const __m512i flip = _mm512_set1_epi8(-128);
+  for (int64_t n = n0; n < n1; n += 16) {
+    const int columns = n1 - n < 16 ? static_cast<int>(n1 - n) : 16;
+    for (int64_t m = 0; m < a.rows; ++m) {
+      const int8_t* w[16];
+      for (int i = 0; i < 16; ++i) w[i] = a.w + (n + (i < columns ? i : 0)) * a.ldw;
+      const int8_t* x = a.x + m * a.ldx;
+      __m512i acc[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
+      int64_t k = 0;
+      for (; k + 64 <= a.depth; k += 64) {
+        const __m512i activations = _mm512_loadu_si512(x + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          acc[i] = _mm512_dpbusd_epi32(acc[i], _mm512_xor_si512(_mm512_loadu_si512(w[i] + k), flip),
+                                       activations);
+      }
+      if (k < a.depth) {
+        const __mmask64 mask = (1ull << (a.depth - k)) - 1;
+        const __m512i activations = _mm512_maskz_loadu_epi8(mask, x + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          acc[i] = _mm512_dpbusd_epi32(
+              acc[i], _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[i] + k), flip), activations);
+      }
+      transpose16(acc);
+      __m512i total = _mm512_set1_epi32(a.start[m]);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) total = _mm512_add_epi32(total, acc[i]);
+      const __mmask16 mask = static_cast<__mmask16>((1u << columns) - 1);
+      const __m512 w_scale = a.w_scale_stride ? _mm512_maskz_loadu_ps(mask, a.w_scale + n)
+                                              : _mm512_set1_ps(*a.w_scale);
+      const __m512 y =
+          _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(a.x_scale[m * a.x_scale_stride]));
+      finish16(a.epilogue, _mm512_mul_ps(y, w_scale), m, n, mask);
+    }
+  }
+}
+
+}  // namespace
+
+extern const LinearInt8Kernel linear_int8_avx512 = {"vnni64", 4,          panel_bytes, pack,
+                                                    block,    row_starts, direct,      4};
+
+}  // namespace narrowcast

@@ -1,0 +1,222 @@
+// Selection, scratch and the parallel loops: raw pointers in, no torch.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "common/parallel.h"
+#include "common/registry.h"
+#include "common/scratch.h"
+#include "linear_int8/linear_int8.h"
+
+namespace narrowcast {
+namespace {
+
+constexpr Variant<const LinearInt8Kernel*> kVariants[] = {
+#define KERNEL(name, isa) {#name, isa, &linear_int8_##name},
+#include "linear_int8/linear_int8.inc"
+#undef KERNEL
+};
+NC_VARIANT_LIST(linear_int8, const LinearInt8Kernel*, kVariants)
+
+constexpr int64_t kMostDepthStep = 64;         // of any kernel
+constexpr int64_t kRowBlock = 96;              // rows of x that stay in L2 while panels pass
+constexpr int64_t kWorthAThread = 64 * 16384;  // products: about 5 microseconds
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+struct Scratch {
+  int32_t* start;
+  int8_t* x;
+};
+Scratch split(const LinearInt8Args& a) {
+  char* p = static_cast<char*>(a.scratch);
+  return {reinterpret_cast<int32_t*>(p),
+          reinterpret_cast<int8_t*>(p + round_up(a.rows * a.pieces * 4, 64))};
+}
+
+int64_t count_pieces(int64_t depth, int64_t group) {
+  return group ? depth / group
+               : std::max<int64_t>(1, (depth + kLinearInt8Exact - 1) / kLinearInt8Exact);
+}
+
+void complete(LinearInt8Args& a) {
+  if (!a.kernel) a.kernel = select_linear_int8();
+  a.piece = a.group ? a.group : kLinearInt8Exact;
+  a.pieces = count_pieces(a.depth, a.group);
+}
+
+// The product, when x, scales and start are ready.
+void multiply(const LinearInt8Args& a) {
+  const LinearInt8Kernel& kernel = *a.kernel;
+  const int64_t panels = (a.columns + kLinearInt8Panel - 1) / kLinearInt8Panel,
+                bytes = kernel.panel_bytes(a.depth);
+  const auto width = [&](int64_t n0) {
+    return static_cast<int>(std::min(kLinearInt8Panel, a.columns - n0));
+  };
+  const int64_t chunks = (a.rows + kRowBlock - 1) / kRowBlock;
+  const int64_t chunk = round_up((a.rows + chunks - 1) / chunks, 6);
+
+  if (a.packed) {
+    const int64_t cost = std::min(chunk, a.rows) * kLinearInt8Panel * std::max<int64_t>(a.depth, 1);
+    parallel_for(0, chunks * panels, std::max<int64_t>(1, kWorthAThread / cost),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t t = begin; t < end; ++t) {
+                     const int64_t m0 = t / panels * chunk, panel = t % panels,
+                                   n0 = panel * kLinearInt8Panel;
+                     if (m0 < a.rows)
+                       kernel.block(a, a.packed + panel * bytes, m0, std::min(a.rows, m0 + chunk),
+                                    n0, width(n0));
+                   }
+                 });
+    return;
+  }
+  if (kernel.direct && a.rows <= kernel.direct_rows && a.pieces == 1 && !a.group &&
+      !a.x_zero_point) {
+    const int64_t grain =
+        std::max<int64_t>(1, kWorthAThread / (16 * a.rows * std::max<int64_t>(a.depth, 1)));
+    parallel_for(0, (a.columns + 15) / 16, grain, [&](int64_t begin, int64_t end) {
+      kernel.direct(a, begin * 16, std::min(a.columns, end * 16));
+    });
+    return;
+  }
+  const int64_t cost = (a.rows + 4) * kLinearInt8Panel * std::max<int64_t>(a.depth, 1);
+  parallel_for(0, panels, std::max<int64_t>(1, kWorthAThread / cost),
+               [&](int64_t begin, int64_t end) {
+                 const ThreadScratch buffer(bytes);
+                 uint8_t* packed = static_cast<uint8_t*>(buffer.data());
+                 for (int64_t panel = begin; panel < end; ++panel) {
+                   const int64_t n0 = panel * kLinearInt8Panel;
+                   kernel.pack(a.w + n0 * a.ldw, a.ldw, width(n0), a.depth, packed);
+                   kernel.block(a, packed, 0, a.rows, n0, width(n0));
+                 }
+               });
+}
+
+}  // namespace
+
+const LinearInt8Kernel& linear_int8_kernel() { return *select_linear_int8(); }
+
+int64_t linear_int8_scratch(int64_t rows, int64_t depth, int64_t group) {
+  return round_up(rows * count_pieces(depth, group) * 4, 64) +
+         rows * round_up(depth, kMostDepthStep) + 64;
+}
+
+int64_t linear_int8_packed_bytes(const LinearInt8Kernel& kernel, int64_t columns, int64_t depth) {
+  return (columns + kLinearInt8Panel - 1) / kLinearInt8Panel * kernel.panel_bytes(depth);
+}
+
+void linear_int8_pack(const LinearInt8Kernel& kernel, const int8_t* w, int64_t ldw, int64_t columns,
+                      int64_t depth, uint8_t* packed) {
+  const int64_t panels = (columns + kLinearInt8Panel - 1) / kLinearInt8Panel,
+                bytes = kernel.panel_bytes(depth);
+  parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t n0 = p * kLinearInt8Panel;
+      kernel.pack(w + n0 * ldw, ldw, static_cast<int>(std::min(kLinearInt8Panel, columns - n0)),
+                  depth, packed + p * bytes);
+    }
+  });
+}
+
+void linear_int8_run(LinearInt8Args a) {
+  if (a.rows == 0 || a.columns == 0) return;
+  complete(a);
+  const Scratch scratch = split(a);
+  int32_t* start = a.kernel->row_starts && a.pieces ? scratch.start : nullptr;
+  const bool copy = a.depth % a.kernel->depth_step != 0;
+  const int8_t* from = a.x;
+  const int64_t ld_from = a.ldx;
+  if (copy) a.x = scratch.x, a.ldx = round_up(a.depth, a.kernel->depth_step);
+  a.start = start;
+  if (copy || start)
+    parallel_for(0, a.rows,
+                 std::max<int64_t>(1, kWorthAThread / 16 / std::max<int64_t>(a.depth, 1)),
+                 [&](int64_t m0, int64_t m1) {
+                   if (copy)
+                     for (int64_t m = m0; m < m1; ++m) {
+                       int8_t* row = scratch.x + m * a.ldx;
+                       std::memcpy(row, from + m * ld_from, a.depth);
+                       std::memset(row + a.depth, 0, a.ldx - a.depth);
+                     }
+                   if (start)
+                     a.kernel->row_starts(a.x + m0 * a.ldx, a.ldx, m1 - m0, a.depth, a.piece,
+                                          start + m0 * a.pieces);
+                 });
+  multiply(a);
+}
+
+namespace {
+
+// One row, symmetric or asymmetric; columns [depth, padded) of q become 0. Returns whether all was
+// finite.
+bool quantise_row(const LinearDynamicInt8Args& d, int64_t m, int8_t* q, int64_t padded,
+                  float* scale, int32_t* zero) {
+  const LinearInt8Args& a = d.linear;
+  const int64_t group = a.group ? a.group : std::max<int64_t>(a.depth, 1);
+  bool finite = true;
+  for (int64_t k0 = 0, g = 0; g == 0 || k0 < a.depth; k0 += group, ++g) {
+    const int64_t k1 = std::min(a.depth, k0 + group);
+    float low = 0.0f, high = 0.0f;
+    for (int64_t k = k0; k < k1; ++k) {
+      const float v = load_float(d.x, m * d.ldx + k, d.x_dtype);
+      if (!std::isfinite(v)) {
+        finite = false;
+        continue;
+      }
+      low = std::min(low, v), high = std::max(high, v);
+    }
+    float s = d.asymmetric ? (high - low) / 255.0f : std::max(-low, high) / 127.0f;
+    if (!(s > 0.0f)) s = 1.0f;
+    const int32_t z = d.asymmetric ? static_cast<int32_t>(std::nearbyint(-128.0f - low / s)) : 0;
+    scale[g] = s;
+    if (zero) *zero = z;
+    for (int64_t k = k0; k < k1; ++k) {
+      float v = load_float(d.x, m * d.ldx + k, d.x_dtype) / s;
+      v = v != v ? 0.0f : std::min(std::max(v, -1024.0f), 1024.0f);
+      v = std::nearbyint(v) + static_cast<float>(z);
+      q[k] = static_cast<int8_t>(std::min(std::max(v, d.asymmetric ? -128.0f : -127.0f), 127.0f));
+    }
+  }
+  std::memset(q + a.depth, 0, padded - a.depth);
+  return finite;
+}
+
+}  // namespace
+
+int64_t linear_dynamic_int8_scratch(int64_t rows, int64_t depth, int64_t group) {
+  const int64_t pieces = std::max<int64_t>(1, count_pieces(depth, group));
+  return linear_int8_scratch(rows, depth, group) + rows * (pieces + 1) * 4 + 64;
+}
+
+void linear_dynamic_int8_run(LinearDynamicInt8Args d) {
+  LinearInt8Args& a = d.linear;
+  if (a.rows == 0) return;
+  complete(a);
+  const Scratch scratch = split(a);
+  const int64_t scales = a.group ? a.pieces : 1;
+  a.ldx = round_up(a.depth, a.kernel->depth_step);
+  a.x = scratch.x;
+  float* scale = reinterpret_cast<float*>(static_cast<char*>(a.scratch) +
+                                          linear_int8_scratch(a.rows, a.depth, a.group));
+  int32_t* zero = d.asymmetric ? reinterpret_cast<int32_t*>(scale + a.rows * scales) : nullptr;
+  a.x_scale = scale, a.x_scale_stride = scales, a.x_zero_point = zero;
+  int32_t* start = a.kernel->row_starts && a.pieces ? scratch.start : nullptr;
+  a.start = start;
+  std::atomic<bool> finite{true};
+  parallel_for(0, a.rows, std::max<int64_t>(1, kWorthAThread / 64 / std::max<int64_t>(a.depth, 1)),
+               [&](int64_t m0, int64_t m1) {
+                 for (int64_t m = m0; m < m1; ++m)
+                   if (!quantise_row(d, m, scratch.x + m * a.ldx, a.ldx, scale + m * scales,
+                                     zero ? zero + m : nullptr))
+                     finite.store(false, std::memory_order_relaxed);
+                 if (start)
+                   a.kernel->row_starts(a.x + m0 * a.ldx, a.ldx, m1 - m0, a.depth, a.piece,
+                                        start + m0 * a.pieces);
+               });
+  NC_CHECK(!d.strict || finite, "linear_dynamic_int8",
+           "x must be finite (strict), got NaN or infinity");
+  if (a.columns) multiply(a);
+}
+
+}  // namespace narrowcast
