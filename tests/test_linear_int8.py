@@ -34,10 +34,30 @@ def test_exact_epilogues_are_bit_equal(variant, m, n, k):
         bias, residual = torch.randn(n), torch.randn(m, n)
         for activation, post in (("none", "none"), ("relu", "relu6"), ("relu6", "relu")):
             with forced("linear_int8", variant):
-                out = ops.linear_int8(x_q, x_scale, w_q, w_scale, bias, activation, residual, None, zero,
-                                      post_activation=post)  # fmt: skip
-            expected = ref.linear_int8(x_q, x_scale, w_q, w_scale, bias, activation, residual, zero,
-                                       post_activation=post, dtype=torch.float32)  # fmt: skip
+                out = ops.linear_int8(
+                    x_q,
+                    x_scale,
+                    w_q,
+                    w_scale,
+                    bias,
+                    activation,
+                    residual,
+                    None,
+                    zero,
+                    post_activation=post,
+                )
+            expected = ref.linear_int8(
+                x_q,
+                x_scale,
+                w_q,
+                w_scale,
+                bias,
+                activation,
+                residual,
+                zero,
+                post_activation=post,
+                dtype=torch.float32,
+            )
             assert torch.equal(out, expected)
 
 
@@ -84,8 +104,9 @@ def test_requantize(variant, dtype, zero_point):
     bias = torch.randn(70)
     bias[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     with forced("linear_int8", variant):
-        out = ops.linear_int8_requantize(x_q, x_scale, w_q, w_scale, bias, "relu6", None, 0.0137,
-                                         zero_point, dtype, zero)  # fmt: skip
+        out = ops.linear_int8_requantize(
+            x_q, x_scale, w_q, w_scale, bias, "relu6", None, 0.0137, zero_point, dtype, zero
+        )
     y = ref.linear_int8(x_q, x_scale, w_q, w_scale, bias, "relu6", None, zero, dtype=torch.float32)
     assert torch.equal(out, ref.requantise(y, 0.0137, zero_point, dtype))
 
@@ -116,8 +137,9 @@ def test_dynamic_non_finite():
 def test_views_are_read_in_place_or_copied():
     x_q, x_scale, w_q, w_scale, _ = operands(12, 40, 64)
     bias, residual = torch.randn(80)[::2], torch.randn(12, 90)[:, 7:47]
-    expected = ref.linear_int8(x_q[::2], x_scale[::2], w_q, w_scale, bias, residual=residual[::2],
-                               dtype=torch.float32)  # fmt: skip
+    expected = ref.linear_int8(
+        x_q[::2], x_scale[::2], w_q, w_scale, bias, residual=residual[::2], dtype=torch.float32
+    )
     wide = torch.zeros(40, 100, dtype=torch.int8)
     wide[:, 3:67] = w_q
     for w in (w_q, wide[:, 3:67], w_q.T.contiguous().T):
@@ -161,8 +183,14 @@ def test_out_forms():
             ops.linear_int8.out(x_q, x_scale, w_q, w_scale, out=bad)
     memory = torch.zeros(60)
     with pytest.raises(RuntimeError, match="out must not overlap"):
-        ops.linear_int8.out(x_q, x_scale, w_q, w_scale, residual=memory[10:50].view(4, 10),
-                            out=memory[:40].view(4, 10))  # fmt: skip
+        ops.linear_int8.out(
+            x_q,
+            x_scale,
+            w_q,
+            w_scale,
+            residual=memory[10:50].view(4, 10),
+            out=memory[:40].view(4, 10),
+        )
 
 
 def test_opcheck_and_compile():
@@ -171,8 +199,9 @@ def test_opcheck_and_compile():
     inputs = (x_q, x_scale, w_q, w_scale, bias, "gelu", torch.randn(4, 10), torch.float16, zero)
     torch.library.opcheck(ops.linear_int8.default, inputs)
     torch.library.opcheck(ops.linear_dynamic_int8.default, (x, w_q, w_scale, bias))
-    torch.library.opcheck(ops.linear_int8_requantize.default,
-                          (x_q, x_scale, w_q, w_scale, None, "none", None, 0.1))  # fmt: skip
+    torch.library.opcheck(
+        ops.linear_int8_requantize.default, (x_q, x_scale, w_q, w_scale, None, "none", None, 0.1)
+    )
     torch.library.opcheck(
         ops.linear_int8.out, (x_q, x_scale, w_q, w_scale), {"out": torch.empty(4, 10)}
     )
@@ -211,7 +240,7 @@ def test_opcheck_and_compile():
         ({"x_zero_point": torch.ones(4)}, "x_zero_point must be int32"),
         ({"x_zero_point": torch.ones(3, dtype=torch.int32)}, "x_zero_point must be int32"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change, message):
     x_q, x_scale, w_q, w_scale, _ = operands(4, 10, 32)
     arguments = {"x_q": x_q, "x_scale": x_scale, "w_q": w_q, "w_scale": w_scale} | change
@@ -252,5 +281,8 @@ def test_requantize_bad_input(change, message):
 
 def test_gradients_are_refused():
     with pytest.raises(RuntimeError, match="no gradient"):
-        ops.linear_dynamic_int8(torch.randn(4, 32, requires_grad=True),
-                                torch.ones(3, 32, dtype=torch.int8), torch.ones(3))  # fmt: skip
+        ops.linear_dynamic_int8(
+            torch.randn(4, 32, requires_grad=True),
+            torch.ones(3, 32, dtype=torch.int8),
+            torch.ones(3),
+        )

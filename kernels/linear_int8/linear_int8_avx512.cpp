@@ -9,6 +9,7 @@
 #include <immintrin.h>
 
 #include "common/epilogue_avx512.h"
+#include "common/transpose_avx512.h"
 #include "linear_int8/linear_int8.h"
 
 namespace narrowcast {
@@ -18,33 +19,6 @@ constexpr int64_t kStep = kLinearInt8Panel * 4;  // bytes of a panel per 4 colum
 
 int64_t padded(int64_t depth) { return (depth + 3) / 4 * 4; }
 int64_t panel_bytes(int64_t depth) { return padded(depth) * kLinearInt8Panel + kStep; }
-
-// 16 rows of 64 bytes -> 16 steps of 16 columns x 4 bytes: a transposition of 32-bit words.
-inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-  }
-}
 
 void pack(const int8_t* w, int64_t ldw, int columns, int64_t depth, uint8_t* panel) {
   const __m512i flip = _mm512_set1_epi8(-128), ones = _mm512_set1_epi8(1);

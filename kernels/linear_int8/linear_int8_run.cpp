@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "common/parallel.h"
 #include "common/registry.h"
 #include "common/scratch.h"
+#include "common/tiles.h"
 #include "linear_int8/linear_int8.h"
 
 namespace narrowcast {
@@ -19,12 +19,7 @@ constexpr Variant<const LinearInt8Kernel*> kVariants[] = {
 };
 NC_VARIANT_LIST(linear_int8, const LinearInt8Kernel*, kVariants)
 
-constexpr int64_t kMostDepthStep = 64;         // of any kernel
-constexpr int64_t kRowBlock = 96;              // rows of x that stay in L2 while panels pass
-constexpr int64_t kWorthAThread = 64 * 16384;  // products: about 5 microseconds
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
+constexpr int64_t kMostDepthStep = 64;  // of any kernel
 struct Scratch {
   int32_t* start;
   int8_t* x;
@@ -54,23 +49,13 @@ void multiply(const LinearInt8Args& a) {
   const auto width = [&](int64_t n0) {
     return static_cast<int>(std::min(kLinearInt8Panel, a.columns - n0));
   };
-  const int64_t chunks = (a.rows + kRowBlock - 1) / kRowBlock;
-  const int64_t chunk = round_up((a.rows + chunks - 1) / chunks, 6);
 
-  if (a.packed) {
-    const int64_t cost = std::min(chunk, a.rows) * kLinearInt8Panel * std::max<int64_t>(a.depth, 1);
-    parallel_for(0, chunks * panels, std::max<int64_t>(1, kWorthAThread / cost),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t t = begin; t < end; ++t) {
-                     const int64_t m0 = t / panels * chunk, panel = t % panels,
-                                   n0 = panel * kLinearInt8Panel;
-                     if (m0 < a.rows)
-                       kernel.block(a, a.packed + panel * bytes, m0, std::min(a.rows, m0 + chunk),
-                                    n0, width(n0));
-                   }
-                 });
-    return;
-  }
+  if (a.packed)
+    return parallel_tiles(a.rows, a.columns, kLinearInt8Panel, a.depth,
+                          [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+                            kernel.block(a, a.packed + n0 / kLinearInt8Panel * bytes, m0, m1, n0,
+                                         static_cast<int>(n1 - n0));
+                          });
   if (kernel.direct && a.rows <= kernel.direct_rows && a.pieces == 1 && !a.group &&
       !a.x_zero_point) {
     const int64_t grain =
