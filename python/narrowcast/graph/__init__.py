@@ -1,0 +1,5 @@
+"""Graphs: the form, the passes that fuse it, and the plan file that keeps it."""
+
+from .ir import Graph
+
+__all__ = ["Graph"]
