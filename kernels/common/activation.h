@@ -1,4 +1,5 @@
-// The epilogue's activations, in scalar form. Vector forms live in vec_*.h and follow these formulas.
+// The epilogue's activations, in scalar form. Vector forms live in vec_*.h and follow these
+// formulas.
 #pragma once
 #include <cstdint>
 

@@ -4,11 +4,11 @@
 #include <sstream>
 #include <stdexcept>
 
-#define NC_CHECK(condition, op, ...)                        \
-  do {                                                      \
-    if (!(condition)) [[unlikely]] {                        \
-      ::narrowcast::fail(op, __VA_ARGS__);                  \
-    }                                                       \
+#define NC_CHECK(condition, op, ...)       \
+  do {                                     \
+    if (!(condition)) [[unlikely]] {       \
+      ::narrowcast::fail(op, __VA_ARGS__); \
+    }                                      \
   } while (0)
 
 namespace narrowcast {

@@ -1,4 +1,5 @@
-// Scalar float16 / bfloat16 conversions, round to nearest even. Internal linkage: safe in ISA files.
+// Scalar float16 / bfloat16 conversions, round to nearest even. Internal linkage: safe in ISA
+// files.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -16,11 +17,14 @@ static inline uint32_t bits_from_float(float x) {
   return bits;
 }
 
-static inline float from_bfloat16(uint16_t h) { return float_from_bits(static_cast<uint32_t>(h) << 16); }
+static inline float from_bfloat16(uint16_t h) {
+  return float_from_bits(static_cast<uint32_t>(h) << 16);
+}
 
 static inline uint16_t to_bfloat16(float x) {
   const uint32_t bits = bits_from_float(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN stays NaN
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    return static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN stays NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 

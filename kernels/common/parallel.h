@@ -1,4 +1,5 @@
-// The one thread pool: torch's (parallel_cpu.cpp), or std::thread where torch is absent (parallel_std.cpp).
+// The one thread pool: torch's (parallel_cpu.cpp), or std::thread where torch is absent
+// (parallel_std.cpp).
 #pragma once
 #include <cstdint>
 #include <type_traits>

@@ -54,7 +54,8 @@ void force_variant(const char* op, const char* variant) {
   }
   for (int i = 0; i < list.count; ++i)
     if (!std::strcmp(list.name_at(i), variant)) {
-      NC_CHECK((list.isa_at(i) & ~cpu_isa()) == 0, op, "variant '", variant, "' does not run on this CPU");
+      NC_CHECK((list.isa_at(i) & ~cpu_isa()) == 0, op, "variant '", variant,
+               "' does not run on this CPU");
       list.forced = i;
       return;
     }

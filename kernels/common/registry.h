@@ -41,8 +41,8 @@ void force_variant(const char* op, const char* variant);
 }  // namespace narrowcast
 
 // Defines `select_<op>()`, the kernel of <op> to call now, from the array `variants` of the list.
-#define NC_VARIANT_LIST(op, Fn, variants)                                                       \
-  static const ::narrowcast::VariantList op##_list(                                             \
-      #op, sizeof(variants) / sizeof(variants[0]), [](int i) { return variants[i].name; },     \
-      [](int i) { return variants[i].isa; });                                                  \
+#define NC_VARIANT_LIST(op, Fn, variants)                                                  \
+  static const ::narrowcast::VariantList op##_list(                                        \
+      #op, sizeof(variants) / sizeof(variants[0]), [](int i) { return variants[i].name; }, \
+      [](int i) { return variants[i].isa; });                                              \
   static Fn select_##op() { return variants[op##_list.select()].fn; }

@@ -1,4 +1,5 @@
-// The only header that includes torch: the LibTorch Stable ABI, and the way from its tensors to a TensorView.
+// The only header that includes torch: the LibTorch Stable ABI, and the way from its tensors to a
+// TensorView.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +17,8 @@ namespace narrowcast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// View of a CPU tensor given as argument `argument` of `op`. Refuses other devices and ranks over kMaxRank.
+// View of a CPU tensor given as argument `argument` of `op`. Refuses other devices and ranks over
+// kMaxRank.
 TensorView view(const Tensor& t, const char* op, const char* argument);
 TensorView view(const std::optional<Tensor>& t, const char* op, const char* argument);
 
@@ -25,6 +27,8 @@ DType dtype_of(ScalarType t);
 
 // A new CPU tensor, contiguous.
 Tensor empty(const std::vector<int64_t>& sizes, DType dtype);
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     DType dtype);
 // A new CPU tensor of logical shape [N, C, H, W] that lies in memory as NHWC.
 Tensor empty_channels_last(const std::vector<int64_t>& nchw, DType dtype);
 // t itself when its elements lie contiguously, else a contiguous copy.

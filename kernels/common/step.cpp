@@ -40,7 +40,8 @@ std::vector<int64_t> StepSpec::integers(const char* name) const {
 double StepSpec::number(const char* name, double otherwise) const {
   const auto found = attributes.find(name);
   if (found != attributes.end())  // JSON and Python write 1.0 as 1
-    if (const int64_t* whole = std::get_if<int64_t>(&found->second)) return static_cast<double>(*whole);
+    if (const int64_t* whole = std::get_if<int64_t>(&found->second))
+      return static_cast<double>(*whole);
   return attribute<double>(*this, name, otherwise);
 }
 

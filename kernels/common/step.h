@@ -1,5 +1,6 @@
-// How the executor reaches a kernel: a room registers, beside its torch op, a factory that checks the
-// operands once and returns a closure over raw pointers. Running a step costs one indirect call.
+// How the executor reaches a kernel: a room registers, beside its torch op, a factory that checks
+// the operands once and returns a closure over raw pointers. Running a step costs one indirect
+// call.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -13,7 +14,8 @@
 
 namespace narrowcast {
 
-// Weights repacked for this CPU, shared by all programs of a plan: key = canonical data pointer + layout.
+// Weights repacked for this CPU, shared by all programs of a plan: key = canonical data pointer +
+// layout.
 class PackCache {
  public:
   using Buffer = std::shared_ptr<void>;
@@ -30,11 +32,12 @@ class PackCache {
 
 // One call of an op: its arguments in schema order. Tensors that were not given have rank -1.
 struct StepSpec {
-  std::string op;                       // "linear_int8"
-  std::vector<TensorView> inputs;       // the Tensor and Tensor? arguments
-  std::vector<bool> constant;           // inputs[i] is a weight: it never changes and may be prepacked
-  std::vector<TensorView> outputs;      // what the op returns (nothing for kv_append)
-  std::map<std::string, std::variant<int64_t, double, bool, std::string, std::vector<int64_t>>> attributes;
+  std::string op;                   // "linear_int8"
+  std::vector<TensorView> inputs;   // the Tensor and Tensor? arguments
+  std::vector<bool> constant;       // inputs[i] is a weight: it never changes and may be prepacked
+  std::vector<TensorView> outputs;  // what the op returns (nothing for kv_append)
+  std::map<std::string, std::variant<int64_t, double, bool, std::string, std::vector<int64_t>>>
+      attributes;
 
   int64_t integer(const char* name, int64_t otherwise = 0) const;
   double number(const char* name, double otherwise = 0) const;

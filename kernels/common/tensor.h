@@ -35,16 +35,25 @@ inline bool is_floating(DType t) {
 
 inline int64_t element_size(DType t) {
   switch (t) {
-    case DType::kInt8: case DType::kUInt8: case DType::kBool: return 1;
-    case DType::kFloat16: case DType::kBFloat16: return 2;
-    case DType::kFloat32: case DType::kInt32: return 4;
-    default: return 8;
+    case DType::kInt8:
+    case DType::kUInt8:
+    case DType::kBool:
+      return 1;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    default:
+      return 8;
   }
 }
 
 inline const char* name(DType t) {
-  constexpr const char* names[] = {"float32", "float16", "bfloat16", "float64", "int8",
-                                   "uint8",   "int32",   "int64",    "bool",    "an unsupported dtype"};
+  constexpr const char* names[] = {
+      "float32", "float16", "bfloat16", "float64", "int8",
+      "uint8",   "int32",   "int64",    "bool",    "an unsupported dtype"};
   return names[static_cast<int>(t)];
 }
 

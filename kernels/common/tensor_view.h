@@ -4,7 +4,18 @@
 
 namespace narrowcast {
 
-enum class DType : int8_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt8, kUInt8, kInt32, kInt64, kBool, kOther };
+enum class DType : int8_t {
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kFloat64,
+  kInt8,
+  kUInt8,
+  kInt32,
+  kInt64,
+  kBool,
+  kOther
+};
 
 constexpr int kMaxRank = 8;
 

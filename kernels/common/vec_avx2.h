@@ -29,8 +29,7 @@ static inline __m128i to_bfloat16x8(__m256 v) {
   const __m256i rounded = _mm256_srli_epi32(
       _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i h =
-      _mm256_blendv_epi8(rounded, _mm256_or_si256(top, _mm256_set1_epi32(0x40)), nan);
+  const __m256i h = _mm256_blendv_epi8(rounded, _mm256_or_si256(top, _mm256_set1_epi32(0x40)), nan);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08);
   return _mm256_castsi256_si128(packed);
 }
@@ -111,12 +110,11 @@ static inline __m256 tanh8(__m256 x) {
 }
 
 static inline __m256 erf8(__m256 x) {
-  static const float kSmall[] = {7.853861353153693e-5f, -8.010193625184903e-4f,
-                                 5.188327685732524e-3f, -2.685381193529856e-2f,
-                                 1.128358514861418e-1f, -3.761262582423300e-1f,
-                                 1.128379165726710f};
-  static const float kLarge[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
-                                 0.254829592f, 0.0f};
+  static const float kSmall[] = {
+      7.853861353153693e-5f, -8.010193625184903e-4f, 5.188327685732524e-3f, -2.685381193529856e-2f,
+      1.128358514861418e-1f, -3.761262582423300e-1f, 1.128379165726710f};
+  static const float kLarge[] = {1.061405429f,  -1.453152027f, 1.421413741f,
+                                 -0.284496736f, 0.254829592f,  0.0f};
   const __m256 one = _mm256_set1_ps(1.0f), a = abs8(x), square = _mm256_mul_ps(x, x);
   const __m256 small = _mm256_mul_ps(x, polynomial8(square, kSmall, 7));
   const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(a, _mm256_set1_ps(0.3275911f), one));

@@ -64,8 +64,7 @@ static inline __m512 tanh16(__m512 x) {
   static const float kPoly[] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f,
                                 1.33314422036e-1f, -3.33332819422e-1f};
   const __m512 one = _mm512_set1_ps(1.0f), square = _mm512_mul_ps(x, x);
-  const __m512 small =
-      _mm512_fmadd_ps(_mm512_mul_ps(x, square), polynomial16(square, kPoly, 5), x);
+  const __m512 small = _mm512_fmadd_ps(_mm512_mul_ps(x, square), polynomial16(square, kPoly, 5), x);
   const __m512 e = exp16(_mm512_add_ps(x, x));
   const __m512 large =
       _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
@@ -74,12 +73,11 @@ static inline __m512 tanh16(__m512 x) {
 }
 
 static inline __m512 erf16(__m512 x) {
-  static const float kSmall[] = {7.853861353153693e-5f, -8.010193625184903e-4f,
-                                 5.188327685732524e-3f, -2.685381193529856e-2f,
-                                 1.128358514861418e-1f, -3.761262582423300e-1f,
-                                 1.128379165726710f};
-  static const float kLarge[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
-                                 0.254829592f, 0.0f};
+  static const float kSmall[] = {
+      7.853861353153693e-5f, -8.010193625184903e-4f, 5.188327685732524e-3f, -2.685381193529856e-2f,
+      1.128358514861418e-1f, -3.761262582423300e-1f, 1.128379165726710f};
+  static const float kLarge[] = {1.061405429f,  -1.453152027f, 1.421413741f,
+                                 -0.284496736f, 0.254829592f,  0.0f};
   const __m512 one = _mm512_set1_ps(1.0f), a = _mm512_abs_ps(x), square = _mm512_mul_ps(x, x);
   const __m512 small = _mm512_mul_ps(x, polynomial16(square, kSmall, 7));
   const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(a, _mm512_set1_ps(0.3275911f), one));

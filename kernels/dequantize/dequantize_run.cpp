@@ -27,7 +27,8 @@ void dequantize_groups_run(const DequantizeGroupsArgs& a) {
   if (a.rows == 0 || a.columns == 0) return;
   const DequantizeGroupFn kernel = select_dequantize_groups();
   const int64_t groups = a.columns / a.group, row_bytes = a.columns * a.bits / 8;
-  constexpr int64_t kPiece = 256;  // converted through a small buffer when the output is half precision
+  constexpr int64_t kPiece =
+      256;  // converted through a small buffer when the output is half precision
   const int64_t grain = std::max<int64_t>(1, 16384 / a.columns);
   parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) {
     float piece[kPiece];
@@ -38,7 +39,8 @@ void dequantize_groups_run(const DequantizeGroupsArgs& a) {
                              : a.bits == 4 ? -8.0f * scale
                                            : 0.0f;
         for (int64_t k = 0; k < a.group; k += kPiece) {
-          const int64_t count = std::min(kPiece, a.group - k), first = n * a.columns + g * a.group + k;
+          const int64_t count = std::min(kPiece, a.group - k),
+                        first = n * a.columns + g * a.group + k;
           const uint8_t* codes = a.packed + n * row_bytes + (g * a.group + k) * a.bits / 8;
           if (a.out_dtype == DType::kFloat32) {
             kernel(codes, a.bits, scale, offset, static_cast<float*>(a.out) + first, count);

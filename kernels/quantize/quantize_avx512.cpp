@@ -1,0 +1,78 @@
+#include "common/vec_avx512.h"
+#include "quantize/quantize.h"
+
+namespace narrowcast {
+namespace {
+
+constexpr float kSmallestNormal = 1.17549435e-38f;
+
+// Lanes that are inf or NaN.
+__mmask16 not_finite(__m512 v) { return _mm512_fpclass_ps_mask(v, 0x99); }
+
+void note(__m512 v, __mmask16 odd, QuantizeFindings* findings) {
+  findings->finite = false;
+  findings->nan += __builtin_popcount(_mm512_mask_cmp_ps_mask(odd, v, v, _CMP_UNORD_Q));
+}
+
+__m512i rounded(__m512 v) {
+  v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
+  v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-1024.0f)), _mm512_set1_ps(1024.0f));
+  return _mm512_cvtps_epi32(v);
+}
+
+void row(const void* x, DType dtype, int64_t count, bool asymmetric, int8_t* q, float* scale,
+         int32_t* zero_point, QuantizeFindings* findings) {
+  __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512 v = load16(x, i, dtype, mask16(count - i));
+    const __mmask16 odd = not_finite(v);
+    if (odd) [[unlikely]] {
+      note(v, odd, findings);
+      v = _mm512_maskz_mov_ps(static_cast<__mmask16>(~odd), v);
+    }
+    low = _mm512_min_ps(low, v);
+    high = _mm512_max_ps(high, v);
+  }
+  const float lowest = _mm512_reduce_min_ps(low), highest = _mm512_reduce_max_ps(high);
+  float s = asymmetric ? highest / 255.0f - lowest / 255.0f
+                       : (-lowest > highest ? -lowest : highest) / 127.0f;
+  if (!(s >= kSmallestNormal)) s = 1.0f;
+  const float inverse = 1.0f / s;
+  const int32_t zero = asymmetric ? _mm_cvtss_si32(_mm_set_ss(-128.0f - lowest * inverse)) : 0;
+  *scale = s;
+  if (asymmetric) *zero_point = zero;
+  const __m512 inverses = _mm512_set1_ps(inverse);
+  const __m512i zeros = _mm512_set1_epi32(zero), top = _mm512_set1_epi32(127);
+  const __m512i bottom = _mm512_set1_epi32(asymmetric ? -128 : -127);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = mask16(count - i);
+    const __m512i code = rounded(_mm512_mul_ps(load16(x, i, dtype, mask), inverses));
+    const __m512i shifted = _mm512_add_epi32(code, zeros);
+    const __m512i c = _mm512_min_epi32(_mm512_max_epi32(shifted, bottom), top);
+    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(c));
+  }
+}
+
+void by_scale(const void* x, DType dtype, int64_t count, float inverse_scale, int32_t zero_point,
+              bool is_signed, void* q, QuantizeFindings* findings) {
+  const __m512 inverses = _mm512_set1_ps(inverse_scale);
+  const __m512i zeros = _mm512_set1_epi32(zero_point);
+  const __m512i bottom = _mm512_set1_epi32(is_signed ? -127 : 0);
+  const __m512i top = _mm512_set1_epi32(is_signed ? 127 : 255);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = mask16(count - i);
+    const __m512 v = load16(x, i, dtype, mask);
+    const __mmask16 odd = not_finite(v);
+    if (odd) [[unlikely]]
+      note(v, odd, findings);
+    const __m512i code = _mm512_add_epi32(rounded(_mm512_mul_ps(v, inverses)), zeros);
+    const __m512i c = _mm512_min_epi32(_mm512_max_epi32(code, bottom), top);
+    _mm_mask_storeu_epi8(static_cast<int8_t*>(q) + i, mask, _mm512_cvtepi32_epi8(c));
+  }
+}
+
+}  // namespace
+
+extern const QuantizeKernel quantize_avx512 = {row, by_scale};
+
+}  // namespace narrowcast
