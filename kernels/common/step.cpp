@@ -1,6 +1,7 @@
 #include "common/step.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
@@ -13,6 +14,8 @@ std::map<std::string, StepFactory>& factories() {
   static std::map<std::string, StepFactory> all;
   return all;
 }
+
+std::atomic<int64_t> live_bytes{0};
 
 template <class T>
 T attribute(const StepSpec& spec, const char* name, T otherwise) {
@@ -57,7 +60,13 @@ std::shared_ptr<void> aligned_buffer(int64_t bytes) {
   const size_t size = (std::max<int64_t>(bytes, 1) + kAlign - 1) / kAlign * kAlign;
   void* p = std::aligned_alloc(kAlign, size);
   if (!p) throw std::bad_alloc();
-  return std::shared_ptr<void>(p, std::free);
+  live_bytes += static_cast<int64_t>(size);
+  return std::shared_ptr<void>(p, [size](void* buffer) {
+    live_bytes -= static_cast<int64_t>(size);
+    std::free(buffer);
+  });
 }
+
+int64_t aligned_bytes() { return live_bytes; }
 
 }  // namespace narrowcast

@@ -58,5 +58,7 @@ StepFactory find_step(const std::string& op);
 
 // Scratch memory that lives as long as the step which captures it; 64-byte aligned.
 std::shared_ptr<void> aligned_buffer(int64_t bytes);
+// Bytes in all such buffers that are alive.
+int64_t aligned_bytes();
 
 }  // namespace narrowcast

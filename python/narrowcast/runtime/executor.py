@@ -1,0 +1,191 @@
+"""Runs a graph: one program per set of input shapes, kept in an LRU."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import ArgumentError, UnsupportedError
+from . import explain as _explain
+from .program import Program, Shared
+from .threads import default_threads, threads
+
+
+class Executor:
+    """Runs a plan or a graph.
+
+    source: a ``Plan``, a ``narrowcast.graph.Graph`` or a ``torch.fx.GraphModule`` in its dialect.
+    device: "cpu", "cuda", or "auto" (CUDA when there is one). An explicit "cuda" without a CUDA
+        device raises; nothing falls back in silence, and ``explain()`` names what runs how.
+    threads: CPU threads of a call; default: the container's CPU quota capped by the affinity mask.
+    batch_invariant: rows of a batch run one at a time, so that their results do not depend on what
+        shares the batch (bit for bit), at the price of speed.
+    max_programs, max_bytes: how many shapes stay prepared, and how many bytes they may hold; the
+        least recently used go first.
+
+    A call takes tensors and returns a tensor, or a tuple when the graph has several outputs. Calls
+    from several threads are serialised.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        device: str | torch.device = "auto",
+        threads: int | None = None,
+        batch_invariant: bool = False,
+        *,
+        max_programs: int = 32,
+        max_bytes: int = 2 << 30,
+    ):
+        if threads is not None and threads < 1:
+            raise ArgumentError(f"threads must be at least 1, got {threads}")
+        self.device = resolve_device(device)
+        self.threads = threads or default_threads()
+        self.batch_invariant = batch_invariant
+        self.max_programs, self.max_bytes = max_programs, max_bytes
+        self.source = source
+        self.kind: str = getattr(source, "kind", "generic")
+        self.config: dict = getattr(source, "config", None) or {}
+        self.assets: dict[str, bytes] = getattr(source, "assets", None) or {}
+        self._shared = Shared(_module(source), self.device)
+        self._programs: OrderedDict[tuple, Program] = OrderedDict()
+        self._lock = threading.RLock()
+        self._placeholders = [
+            n.name for n in self._shared.module.graph.nodes if n.op == "placeholder"
+        ]
+        self._expected = [
+            _expected(n) for n in self._shared.module.graph.nodes if n.op == "placeholder"
+        ]
+
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Runs the graph. Raises ArgumentError for a wrong number, rank or dtype of inputs."""
+        prepared = self._prepare(inputs)
+        rows = prepared[0].shape[0] if prepared and prepared[0].dim() else 1
+        if self.batch_invariant and rows > 1 and self.kind in ("encoder", "image"):
+            parts = [self._run([t[i : i + 1] for t in prepared]) for i in range(rows)]
+            outputs = [torch.cat(column) for column in zip(*parts)]
+        else:
+            outputs = self._run(prepared)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _run(self, prepared: Sequence[Tensor]) -> list[Tensor]:
+        with self._lock, threads(self.threads):
+            return self._program(prepared).run(prepared)
+
+    def program(self, *inputs: Tensor) -> Program:
+        """The program for these shapes, built when it is new."""
+        with self._lock, threads(self.threads):
+            return self._program(self._prepare(inputs))
+
+    def _program(self, inputs: Sequence[Tensor]) -> Program:
+        key = tuple((t.shape, t.dtype) for t in inputs)
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = Program(self._shared, inputs)
+            self._trim()
+        self._programs.move_to_end(key)
+        return program
+
+    def _trim(self) -> None:
+        while len(self._programs) > 1 and (
+            len(self._programs) > self.max_programs
+            or sum(p.bytes for p in self._programs.values()) > self.max_bytes
+        ):
+            self._programs.popitem(last=False)
+
+    def _prepare(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        if len(inputs) != len(self._placeholders):
+            raise ArgumentError(
+                f"inputs must be {len(self._placeholders)} tensors "
+                f"({', '.join(self._placeholders)}), got {len(inputs)}"
+            )
+        prepared = []
+        for name, (dtype, rank), tensor in zip(self._placeholders, self._expected, inputs):
+            if not isinstance(tensor, Tensor):
+                raise ArgumentError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            if dtype is not None and (tensor.dtype, tensor.dim()) != (dtype, rank):
+                raise ArgumentError(
+                    f"{name} must be {_dtype(dtype)} with {rank} dimensions, "
+                    f"got {_dtype(tensor.dtype)} {list(tensor.shape)}"
+                )
+            prepared.append(tensor.detach().to(self.device))
+        return prepared
+
+    # What runs, and at what cost
+
+    def explain(self, *inputs: Tensor) -> _explain.Explanation:
+        """Every node for these inputs' shapes: backend and why, precision, bytes, MACs, source."""
+        return _explain.explain(self.program(*inputs))
+
+    def profile(self, *inputs: Tensor, repeats: int = 20, warmup: int = 3) -> _explain.Profile:
+        """Milliseconds, GB/s and GMAC/s of every step, medians of `repeats` runs."""
+        with self._lock, threads(self.threads), torch.no_grad():
+            prepared = self._prepare(inputs)
+            program = self._program(prepared)
+            times = []
+            for _ in range(warmup + repeats):
+                program.load(prepared)  # a run reuses the place of its inputs
+                times.append(program.loop.run_timed())
+            return _explain.profile(program, [median(t) for t in zip(*times[warmup:])])
+
+    def memory(self, *inputs: Tensor) -> dict[str, int]:
+        """Exact bytes for these inputs' shapes.
+
+        arena: every intermediate result and copied input; lower_bound: the least any plan needs;
+        scratch: buffers of the steps, and weights packed while this program was built; folded:
+        precomputed results; weights: the graph's parameters; programs: all prepared shapes.
+        """
+        program = self.program(*inputs)
+        return {
+            "arena": program.arena.bytes,
+            "lower_bound": program.arena.lower_bound,
+            "scratch": program.scratch_bytes,
+            "folded": sum(b.bytes for b in program.buffers if b.kind == "folded"),
+            "weights": self._shared.weight_bytes,
+            "programs": sum(p.bytes for p in self._programs.values()),
+        }
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name. Raises ArgumentError, or UnsupportedError where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(f'device must be "auto", "cpu" or "cuda", got {device!r}') from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ArgumentError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(
+            "device must be one this machine has, got cuda: torch sees no CUDA device "
+            f"(torch {torch.__version__})"
+        )
+    return resolved
+
+
+def _module(source: Any) -> fx.GraphModule:
+    while not isinstance(source, fx.GraphModule):
+        inner = getattr(source, "graph", None) or getattr(source, "module", None)
+        inner = getattr(source, "module", inner) if isinstance(inner, fx.Graph) else inner
+        if inner is None:
+            raise ArgumentError(
+                f"source must be a Plan, a Graph or a torch.fx.GraphModule, got {type(source)}"
+            )
+        source = inner
+    return source
+
+
+def _expected(node: fx.Node) -> tuple[torch.dtype | None, int]:
+    value = node.meta.get("val")
+    return (value.dtype, value.dim()) if isinstance(value, Tensor) else (None, 0)
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
