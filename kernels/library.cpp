@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
   m.def("linear_grouped(Tensor x, Tensor packed, Tensor scale, Tensor? offset, int group_size, int bits, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, ScalarType? out_dtype=None, *, int activation_bits=16, str post_activation=\"none\") -> Tensor");
   m.def("linear_grouped.out(Tensor x, Tensor packed, Tensor scale, Tensor? offset, int group_size, int bits, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, *, int activation_bits=16, str post_activation=\"none\", Tensor(a!) out) -> ()");
 
+  // weights of linear_grouped in this CPU's order (linear_grouped.h), made once and used many times
+  m.def("_linear_grouped_pack(Tensor packed, Tensor scale, Tensor? offset, int group_size, int bits) -> Tensor");
+  m.def("_linear_grouped_packed(Tensor x, Tensor panels, int n, int group_size, int bits, bool half, bool has_offset, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, ScalarType? out_dtype=None, *, int activation_bits=16, str post_activation=\"none\") -> Tensor");
+
   // attention: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] -> [B, Hq, Sq, D]; packed: [T, H, D] with cu_seqlens
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, float? scale=None, bool causal=False, int window=0, float softcap=0.0, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? sinks=None) -> Tensor");
   m.def("attention.out(Tensor q, Tensor k, Tensor v, Tensor? bias=None, float? scale=None, bool causal=False, int window=0, float softcap=0.0, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? sinks=None, *, Tensor(a!) out) -> ()");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,6 +121,23 @@ def _(
     out_dtype=None, *, activation_bits=16, post_activation="none",
 ):  # fmt: skip
     return x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=out_dtype or x.dtype)
+
+
+@_fake("narrowcast::_linear_grouped_pack")
+def _(packed, scale, offset, group_size, bits):
+    n, row = packed.shape
+    k, block = row * 8 // bits, math.gcd(group_size, 128)
+    scales = 16 * (k // block) * scale.element_size() * (1 if offset is None else 2)
+    panel = (16 * row + scales + 63) // 64 * 64
+    return packed.new_empty(((n + 15) // 16 * panel,), dtype=torch.uint8)
+
+
+@_fake("narrowcast::_linear_grouped_packed")
+def _(
+    x, panels, n, group_size, bits, half, has_offset, bias=None, activation="none", residual=None,
+    out_dtype=None, *, activation_bits=16, post_activation="none",
+):  # fmt: skip
+    return x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
 
 
 # attention
@@ -296,7 +315,8 @@ def _refuse_gradients(op: str) -> None:
 for _op in (
     "quantize_int8", "quantize_int8_asymmetric", "quantize_int8_static", "dequantize_int8",
     "dequantize_groups", "dequantize_gguf", "linear", "linear_int8", "linear_int8_requantize",
-    "linear_dynamic_int8", "linear_grouped", "attention", "attention_lse", "attention_int8",
+    "linear_dynamic_int8", "linear_grouped", "_linear_grouped_packed", "attention",
+    "attention_lse", "attention_int8",
     "attention_decode", "conv2d", "conv2d_int8", "max_pool2d_int8", "avg_pool2d_int8", "rms_norm",
     "layer_norm", "add_rms_norm", "add_layer_norm", "rms_norm_int8", "layer_norm_int8",
     "add_rms_norm_int8", "add_layer_norm_int8", "rope", "silu_mul", "silu_mul_int8", "gelu_mul",

@@ -1,0 +1,134 @@
+// linear_grouped: y[m, n] = post_activation(activation(sum_k x[m, k] * w[n, k] + bias[n]) +
+// residual[m, n]) with int4 or int8 weights in groups along K, w[n, k] = q[n, k] * scale[n, k /
+// group] + offset[n, k / group] (layout and implied offset: dequantize/dequantize.h). group is a
+// multiple of 32.
+//
+// activation_bits 16: x enters as float32; products and sums in float32.
+// activation_bits 8:  x is quantised inside, symmetric int8 per block of a = gcd(group, 128)
+// elements:
+//     xs = absmax / 127 over finite values (1 for a block of zeros), xq = round_half_even(x / xs)
+//     in -127..127, Inf is +-127, NaN 0. Then, with g = block b's group, c = 8 (bits 4) or 0 (bits
+//     8), exact in int32: y = sum_b xs[m, b] * (scale[n, g] * sum_{k in b} xq * (q - c) +
+//     (offset[n, g] + c * scale[n, g]) * sum xq) (no second term without offset); the sum over b is
+//     float32.
+//
+// Packed weights. A panel holds 16 rows of W; the last one is filled up with zeros. In order:
+//   codes    [K / k4][16] dwords: one dword of each row. bits 4: the 8 codes of 8 successive k, as
+//   they lie in the
+//            row. bits 8: 4 successive k, with the sign bit flipped, so that a code is q + 128 >=
+//            0.
+//   scale    [K / a][16] float16 or float32, repeated where a < group
+//   offset   the same, when there is one
+// and bytes up to a multiple of 64. All a kernel reads of a panel lies in one stream.
+#pragma once
+#include <cstdint>
+
+#include "common/activation.h"
+#include "common/tensor_view.h"
+
+namespace narrowcast {
+
+constexpr int kGroupedPanel = 16;    // rows of W per panel
+constexpr int kGroupedMaxRows = 12;  // rows of x per kernel call
+
+struct GroupedLayout {
+  int64_t n, k, group;
+  int64_t block;  // a
+  int bits;
+  bool half;  // scales are float16
+  bool has_offset;
+  int64_t code_bytes, scale_bytes, panel_bytes;  // per panel; scale_bytes: of the scales alone
+};
+
+GroupedLayout grouped_layout(int64_t n, int64_t k, int64_t group, int bits, bool half,
+                             bool has_offset);
+
+// Canonical weights, row-major and contiguous.
+struct GroupedSource {
+  const uint8_t* codes;
+  const void* scale;
+  const void* offset;
+};
+// Packs panels [first, first + count) to `out`.
+void grouped_pack(const GroupedLayout& layout, const GroupedSource& source, int64_t first,
+                  int64_t count, uint8_t* out);
+void grouped_pack_all(const GroupedLayout& layout, const GroupedSource& source, uint8_t* out);
+int64_t grouped_packed_bytes(const GroupedLayout& layout);
+
+struct LinearGroupedArgs {
+  GroupedLayout layout;
+  const void* x;  // [m, k] row-major
+  DType x_dtype;
+  int64_t m;
+  int activation_bits;
+  const uint8_t* panels;  // packed, 64-byte aligned, or nullptr: `source` is packed on the way
+  GroupedSource source;
+  const void* bias;  // [n] or nullptr
+  DType bias_dtype;
+  const void* residual;  // [m, n] row-major or nullptr
+  DType residual_dtype;
+  Activation activation, post_activation;
+  void* out;  // [m, n] row-major
+  DType out_dtype;
+};
+
+// Bytes of scratch that linear_grouped_run needs, 64-byte aligned.
+int64_t linear_grouped_scratch(const LinearGroupedArgs& args);
+void linear_grouped_run(const LinearGroupedArgs& args, void* scratch);
+
+// Rows of x as the kernels read them. Per block: sum of the quantised (bits 8) or of the float
+// values. activation_bits 8: xq holds, for 4-bit weights, the even k of each 8 before the odd ones,
+// as the low and the high nibbles of a dword need them.
+struct GroupedRows {
+  const int8_t* xq;      // [rows, k]
+  const float* x;        // [rows, k]
+  const float* xs;       // [rows, k / block], activation_bits 8
+  const float* xsum;     // [rows, k / block], activation_bits 8: xs * sum of xq
+  const int32_t* start;  // [rows, k / block]: what the integer sum starts from, -centre * sum of xq
+};
+
+// The same from row m on. A pointer that the mode does not use stays null.
+static inline GroupedRows rows_from(const GroupedRows& x, const GroupedLayout& l, int64_t m) {
+  const int64_t blocks = l.k / l.block;
+  return {x.xq ? x.xq + m * l.k : nullptr, x.x ? x.x + m * l.k : nullptr,
+          x.xs ? x.xs + m * blocks : nullptr, x.xsum + m * blocks,
+          x.start ? x.start + m * blocks : nullptr};
+}
+
+// One panel times `rows` <= kGroupedMaxRows rows: acc[r * ld + j] = the sum over k, j < 16.
+using GroupedPanelFn = void (*)(const GroupedLayout& layout, const uint8_t* panel,
+                                const GroupedRows& x, int rows, float* acc, int64_t ld);
+// Quantises one row: writes xq, xs, xsum, start.
+using GroupedQuantizeFn = void (*)(const GroupedLayout& layout, const float* x, int8_t* xq,
+                                   float* xs, float* xsum, int32_t* start);
+// to float32, and sums per block
+using GroupedWidenFn = void (*)(const void* x, DType dtype, int64_t count, float* out);
+using GroupedSumFn = void (*)(const float* x, int64_t block, int64_t blocks, float* xsum);
+
+// The epilogue of `count` columns of one row.
+struct GroupedFinish {
+  const float* acc;
+  const void* bias;
+  DType bias_dtype;
+  const void* residual;
+  DType residual_dtype;
+  Activation activation, post_activation;
+  void* out;
+  DType out_dtype;
+  int64_t count;
+};
+using GroupedFinishFn = void (*)(const GroupedFinish& f);
+
+struct GroupedKernels {
+  GroupedPanelFn panel8, panel16;
+  GroupedQuantizeFn quantize;
+  GroupedWidenFn widen;
+  GroupedSumFn sum;
+  GroupedFinishFn finish;
+};
+
+#define KERNEL(name, isa) extern const GroupedKernels linear_grouped_##name;
+#include "linear_grouped/linear_grouped.inc"
+#undef KERNEL
+
+}  // namespace narrowcast
