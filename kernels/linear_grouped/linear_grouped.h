@@ -23,7 +23,7 @@
 #pragma once
 #include <cstdint>
 
-#include "common/activation.h"
+#include "common/epilogue.h"
 #include "common/tensor_view.h"
 
 namespace narrowcast {
@@ -63,13 +63,7 @@ struct LinearGroupedArgs {
   int activation_bits;
   const uint8_t* panels;  // packed, 64-byte aligned, or nullptr: `source` is packed on the way
   GroupedSource source;
-  const void* bias;  // [n] or nullptr
-  DType bias_dtype;
-  const void* residual;  // [m, n] row-major or nullptr
-  DType residual_dtype;
-  Activation activation, post_activation;
-  void* out;  // [m, n] row-major
-  DType out_dtype;
+  Epilogue epilogue;
 };
 
 // Bytes of scratch that linear_grouped_run needs, 64-byte aligned.
@@ -105,19 +99,9 @@ using GroupedQuantizeFn = void (*)(const GroupedLayout& layout, const float* x, 
 using GroupedWidenFn = void (*)(const void* x, DType dtype, int64_t count, float* out);
 using GroupedSumFn = void (*)(const float* x, int64_t block, int64_t blocks, float* xsum);
 
-// The epilogue of `count` columns of one row.
-struct GroupedFinish {
-  const float* acc;
-  const void* bias;
-  DType bias_dtype;
-  const void* residual;
-  DType residual_dtype;
-  Activation activation, post_activation;
-  void* out;
-  DType out_dtype;
-  int64_t count;
-};
-using GroupedFinishFn = void (*)(const GroupedFinish& f);
+// The epilogue of columns n .. n + count - 1 of row m, whose sums are acc[0 .. count - 1].
+using GroupedFinishFn = void (*)(const Epilogue& epilogue, const float* acc, int64_t m, int64_t n,
+                                 int64_t count);
 
 struct GroupedKernels {
   GroupedPanelFn panel8, panel16;

@@ -7,6 +7,7 @@
 // activation_bits 16: codes become floats by shift, mask and conversion.
 #include <immintrin.h>
 
+#include "common/vec_avx2.h"
 #include "linear_grouped/linear_grouped_rows.h"
 
 namespace narrowcast {
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int kRows = 4;
 
-inline __m256 load8(const GroupedLayout& l, const uint8_t* p, int64_t block, int half) {
+inline __m256 scales8(const GroupedLayout& l, const uint8_t* p, int64_t block, int half) {
   if (l.half)
     return _mm256_cvtph_ps(
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + block * 32 + half * 16)));
@@ -65,13 +66,13 @@ void tile8(const GroupedLayout& l, const uint8_t* panel, int half, const Grouped
         }
       }
     }
-    const __m256 scale = load8(l, scales, b, half);
+    const __m256 scale = scales8(l, scales, b, half);
     for (int m = 0; m < M; ++m)
       y[m] = _mm256_fmadd_ps(_mm256_set1_ps(x.xs[m * blocks + b]),
                              _mm256_mul_ps(scale, _mm256_cvtepi32_ps(sum[m])), y[m]);
     if (l.has_offset) {
       const __m256 offset =
-          _mm256_fmadd_ps(centre, scale, load8(l, scales + l.scale_bytes, b, half));
+          _mm256_fmadd_ps(centre, scale, scales8(l, scales + l.scale_bytes, b, half));
       for (int m = 0; m < M; ++m)
         y[m] = _mm256_fmadd_ps(offset, _mm256_set1_ps(x.xsum[m * blocks + b]), y[m]);
     }
@@ -110,11 +111,11 @@ void tile16(const GroupedLayout& l, const uint8_t* panel, int half, const Groupe
           sum[m] = _mm256_fmadd_ps(w, _mm256_set1_ps(xk[m * l.k + i]), sum[m]);
       }
     }
-    const __m256 scale = load8(l, scales, b, half);
+    const __m256 scale = scales8(l, scales, b, half);
     for (int m = 0; m < M; ++m) y[m] = _mm256_fmadd_ps(scale, sum[m], y[m]);
     if (l.has_offset) {
       const __m256 offset =
-          _mm256_fmadd_ps(centre, scale, load8(l, scales + l.scale_bytes, b, half));
+          _mm256_fmadd_ps(centre, scale, scales8(l, scales + l.scale_bytes, b, half));
       for (int m = 0; m < M; ++m)
         y[m] = _mm256_fmadd_ps(offset, _mm256_set1_ps(x.xsum[m * blocks + b]), y[m]);
     }
@@ -147,9 +148,29 @@ void panel16(const GroupedLayout& l, const uint8_t* weights, const GroupedRows& 
   panel(l.bits == 4 ? four : eight, l, weights, x, rows, acc, ld);
 }
 
+void finish_columns(const Epilogue& e, const float* acc, int64_t m, int64_t n, int64_t count) {
+  for (int64_t i = 0; i < count; i += 8) {
+    const int64_t left = count - i;
+    const auto load = [left](const void* p, int64_t at, DType dtype) {
+      return left >= 8 ? load8(p, at, dtype) : load8_tail(p, at, dtype, left);
+    };
+    __m256 y = _mm256_loadu_ps(acc + i);
+    if (e.bias) y = _mm256_add_ps(y, load(e.bias, n + i, e.bias_dtype));
+    y = activate8(e.activation, y);
+    if (e.residual)
+      y = _mm256_add_ps(y, load(e.residual, m * e.ld_residual + n + i, e.residual_dtype));
+    y = activate8(e.post_activation, y);
+    const int64_t at = m * e.ld_out + n + i;
+    if (left >= 8)
+      store8(e.out, at, e.out_dtype, y);
+    else
+      store8_tail(e.out, at, e.out_dtype, y, left);
+  }
+}
+
 }  // namespace
 
 extern const GroupedKernels linear_grouped_avx2 = {panel8, panel16,    quantize_row,
-                                                   widen,  sum_blocks, finish_row};
+                                                   widen,  sum_blocks, finish_columns};
 
 }  // namespace narrowcast

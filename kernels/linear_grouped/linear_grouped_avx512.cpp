@@ -11,12 +11,13 @@
 //   low four bits of a lane), so a weight costs a shift and a permutation, shared by all rows of x.
 #include <immintrin.h>
 
+#include "common/epilogue_avx512.h"
 #include "linear_grouped/linear_grouped_rows.h"
 
 namespace narrowcast {
 namespace {
 
-inline __m512 load16(const GroupedLayout& l, const uint8_t* p, int64_t block) {
+inline __m512 scales16(const GroupedLayout& l, const uint8_t* p, int64_t block) {
   if (l.half)
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + block * 32)));
   return _mm512_loadu_ps(p + block * 64);
@@ -63,13 +64,13 @@ void tile8(const GroupedLayout& l, const uint8_t* panel, const GroupedRows& x, f
         }
       }
     }
-    const __m512 scale = load16(l, scales, b);
+    const __m512 scale = scales16(l, scales, b);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
       y[m] = _mm512_fmadd_ps(_mm512_set1_ps(x.xs[m * blocks + b]),
                              _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum[m])), y[m]);
     if (l.has_offset) {
-      const __m512 offset = _mm512_fmadd_ps(centre, scale, load16(l, scales + l.scale_bytes, b));
+      const __m512 offset = _mm512_fmadd_ps(centre, scale, scales16(l, scales + l.scale_bytes, b));
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m)
         y[m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x.xsum[m * blocks + b]), y[m]);
@@ -112,14 +113,14 @@ void tile16(const GroupedLayout& l, const uint8_t* panel, const GroupedRows& x, 
         }
       }
     }
-    const __m512 scale = load16(l, scales, b);
+    const __m512 scale = scales16(l, scales, b);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       if (M <= 2) sum[m] = _mm512_add_ps(sum[m], more[m]);
       y[m] = _mm512_fmadd_ps(scale, sum[m], y[m]);
     }
     if (l.has_offset) {
-      const __m512 offset = _mm512_fmadd_ps(centre, scale, load16(l, scales + l.scale_bytes, b));
+      const __m512 offset = _mm512_fmadd_ps(centre, scale, scales16(l, scales + l.scale_bytes, b));
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m)
         y[m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x.xsum[m * blocks + b]), y[m]);
@@ -147,9 +148,14 @@ void panel16(const GroupedLayout& l, const uint8_t* panel, const GroupedRows& x,
   (l.bits == 4 ? four : eight)[rows - 1](l, panel, x, acc, ld);
 }
 
+void finish_columns(const Epilogue& e, const float* acc, int64_t m, int64_t n, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16)
+    finish16(e, _mm512_loadu_ps(acc + i), m, n + i, mask16(count - i));
+}
+
 }  // namespace
 
 extern const GroupedKernels linear_grouped_avx512 = {panel8, panel16,    quantize_row,
-                                                     widen,  sum_blocks, finish_row};
+                                                     widen,  sum_blocks, finish_columns};
 
 }  // namespace narrowcast

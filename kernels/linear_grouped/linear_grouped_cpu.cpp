@@ -1,4 +1,6 @@
 // Where tensors stop: argument checks, the torch ops, the executor's step.
+#include "common/rows.h"
+#include "common/scratch.h"
 #include "common/stable.h"
 #include "common/step.h"
 #include "linear_grouped/linear_grouped.h"
@@ -67,11 +69,13 @@ LinearGroupedArgs checked_args(const GroupedLayout& layout, const TensorView& x,
   a.layout = layout;
   a.x = x.data, a.x_dtype = x.dtype, a.m = m;
   a.activation_bits = static_cast<int>(options.activation_bits);
-  a.bias = bias.data, a.bias_dtype = bias.dtype;
-  a.residual = residual.data, a.residual_dtype = residual.dtype;
-  a.activation = parse_activation(options.activation, kOp, "activation");
-  a.post_activation = parse_activation(options.post_activation, kOp, "post_activation");
-  a.out_dtype = out_dtype;
+  Epilogue& e = a.epilogue;
+  e.bias = bias.data, e.bias_dtype = bias.dtype;
+  e.residual = residual.data, e.residual_dtype = residual.dtype;
+  e.ld_residual = e.ld_out = layout.n;
+  e.activation = parse_activation(options.activation, kOp, "activation");
+  e.post_activation = parse_activation(options.post_activation, kOp, "post_activation");
+  e.out_dtype = out_dtype;
   return a;
 }
 
@@ -86,21 +90,8 @@ std::optional<Tensor> as_contiguous(const std::optional<Tensor>& t) {
 }
 
 void run_with_scratch(const LinearGroupedArgs& args) {
-  const std::shared_ptr<void> scratch = aligned_buffer(linear_grouped_scratch(args));
-  linear_grouped_run(args, scratch.get());
-}
-
-bool overlap(const TensorView& a, const TensorView& b) {
-  if (!defined(a) || !defined(b) || numel(a) == 0 || numel(b) == 0) return false;
-  const auto span = [](const TensorView& t) {
-    int64_t last = 0;
-    for (int d = 0; d < t.rank; ++d) last += (t.sizes[d] - 1) * t.strides[d];
-    const char* begin = static_cast<const char*>(t.data);
-    return std::pair(begin, begin + (last + 1) * element_size(t.dtype));
-  };
-  const auto [a0, a1] = span(a);
-  const auto [b0, b1] = span(b);
-  return a0 < b1 && b0 < a1;
+  const ThreadScratch scratch(linear_grouped_scratch(args));
+  linear_grouped_run(args, scratch.data());
 }
 
 void check_out(const TensorView& out, const std::vector<int64_t>& sizes,
@@ -113,7 +104,7 @@ void check_out(const TensorView& out, const std::vector<int64_t>& sizes,
   NC_CHECK(same, kOp, "out must be ", shape(expected), ", got ", shape(out));
   NC_CHECK(is_contiguous(out), kOp, "out must be contiguous");
   for (const auto& [argument, input] : inputs)
-    NC_CHECK(!overlap(out, input), kOp, "out must not share memory with ", argument);
+    NC_CHECK(!may_overlap(out, input), kOp, "out must not share memory with ", argument);
 }
 
 // Shared by the two forms of the op; `out` is given or made.
@@ -156,7 +147,7 @@ Tensor linear(const Tensor& x_in, const Tensor& packed_in, const Tensor& scale_i
   args.source = {static_cast<const uint8_t*>(view(packed, kOp, "packed").data),
                  view(scale, kOp, "scale").data, view(offset, kOp, "offset").data};
   Tensor out = out_in ? *out_in : empty(sizes, dtype);
-  args.out = out.mutable_data_ptr();
+  args.epilogue.out = out.mutable_data_ptr();
   run_with_scratch(args);
   return out;
 }
@@ -228,7 +219,7 @@ Tensor linear_grouped_packed(const Tensor& x_in, const Tensor& panels, int64_t n
                                         view(residual, kOp, "residual"), options, dtype);
   args.panels = static_cast<const uint8_t*>(panels_view.data);
   Tensor out = empty(out_sizes(x_view, n), dtype);
-  args.out = out.mutable_data_ptr();
+  args.epilogue.out = out.mutable_data_ptr();
   run_with_scratch(args);
   return out;
 }
@@ -260,7 +251,7 @@ Step make_step(const StepSpec& s, PackCache& cache) {
                            })
                : buffer();
   args.panels = static_cast<uint8_t*>(panels.get());
-  args.out = s.outputs[0].data;
+  args.epilogue.out = s.outputs[0].data;
   const std::shared_ptr<void> scratch = aligned_buffer(linear_grouped_scratch(args));
   return [args, source, constant, panels, scratch] {
     if (!constant) grouped_pack_all(args.layout, source, static_cast<uint8_t*>(panels.get()));

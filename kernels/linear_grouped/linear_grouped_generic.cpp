@@ -82,9 +82,13 @@ void panel16(const GroupedLayout& l, const uint8_t* panel, const GroupedRows& x,
   }
 }
 
+void finish_columns(const Epilogue& e, const float* acc, int64_t m, int64_t n, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) finish(e, acc[i], m, n + i);
+}
+
 }  // namespace
 
 extern const GroupedKernels linear_grouped_generic = {panel8, panel16,    quantize_row,
-                                                      widen,  sum_blocks, finish_row};
+                                                      widen,  sum_blocks, finish_columns};
 
 }  // namespace narrowcast

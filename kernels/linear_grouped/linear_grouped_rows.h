@@ -1,5 +1,5 @@
-// What every instruction set's file of this room shares: widening, quantising and finishing rows.
-// Plain loops, compiled once per file with its flags. Internal linkage throughout.
+// What every instruction set's file of this room shares: widening, summing and quantising rows of
+// x. Plain loops, compiled once per file with its flags. Internal linkage throughout.
 #pragma once
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -10,8 +10,6 @@
 
 namespace narrowcast {
 namespace {
-
-constexpr int kPiece = 256;
 
 inline void widen(const void* x, DType dtype, int64_t count, float* out) {
   if (dtype == DType::kFloat32) {
@@ -30,34 +28,6 @@ inline void widen(const void* x, DType dtype, int64_t count, float* out) {
                      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 #endif
   for (; i < count; ++i) out[i] = from_float16(from[i]);
-}
-
-inline void narrow(const float* x, DType dtype, int64_t count, void* out) {
-  if (dtype == DType::kFloat32) {
-    memcpy(out, x, count * sizeof(float));
-    return;
-  }
-  uint16_t* to = static_cast<uint16_t*>(out);
-  if (dtype == DType::kBFloat16) {
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = bits_from_float(x[i]);
-      const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16,
-                     nan = (bits >> 16) | 0x40;
-      to[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-    }
-    return;
-  }
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  for (; i < count; ++i) to[i] = to_float16(x[i]);
-}
-
-inline const void* advance(const void* p, DType dtype, int64_t count) {
-  return static_cast<const uint8_t*>(p) + count * (dtype == DType::kFloat32 ? 4 : 2);
 }
 
 inline void sum_blocks(const float* x, int64_t block, int64_t blocks, float* xsum) {
@@ -108,38 +78,6 @@ inline void quantize_row(const GroupedLayout& l, const float* x, int8_t* xq, flo
     xs[b] = scale;
     xsum[b] = scale * static_cast<float>(sum);
     start[b] = -(l.bits == 8 ? 128 : 8) * sum;
-  }
-}
-
-inline void activate_piece(Activation activation, float* y, int64_t count) {
-  switch (activation) {
-    case Activation::kNone:
-      return;
-    case Activation::kRelu:
-      for (int64_t i = 0; i < count; ++i) y[i] = y[i] < 0 ? 0.0f : y[i];
-      return;
-    default:
-      for (int64_t i = 0; i < count; ++i) y[i] = activate(activation, y[i]);
-  }
-}
-
-inline void finish_row(const GroupedFinish& f) {
-  float y[kPiece], other[kPiece];
-  const int64_t out_size = f.out_dtype == DType::kFloat32 ? 4 : 2;
-  for (int64_t i = 0; i < f.count; i += kPiece) {
-    const int64_t here = f.count - i < kPiece ? f.count - i : kPiece;
-    memcpy(y, f.acc + i, here * sizeof(float));
-    if (f.bias) {
-      widen(advance(f.bias, f.bias_dtype, i), f.bias_dtype, here, other);
-      for (int64_t j = 0; j < here; ++j) y[j] += other[j];
-    }
-    activate_piece(f.activation, y, here);
-    if (f.residual) {
-      widen(advance(f.residual, f.residual_dtype, i), f.residual_dtype, here, other);
-      for (int64_t j = 0; j < here; ++j) y[j] += other[j];
-    }
-    activate_piece(f.post_activation, y, here);
-    narrow(y, f.out_dtype, here, static_cast<uint8_t*>(f.out) + i * out_size);
   }
 }
 

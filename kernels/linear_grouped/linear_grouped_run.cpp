@@ -1,12 +1,12 @@
 // Packing, selection and the parallel loop: raw pointers in, no torch.
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <numeric>
+#include <optional>
 
 #include "common/parallel.h"
 #include "common/registry.h"
-#include "common/step.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
 #include "linear_grouped/linear_grouped.h"
 
@@ -81,6 +81,53 @@ GroupedRows prepare_rows(const LinearGroupedArgs& a, const GroupedKernels& kerne
   return {integer ? xq : nullptr, x, integer ? xs : nullptr, xsum, integer ? start : nullptr};
 }
 
+// Tasks: chunks of panels, and ranges of rows where there are too few chunks for the threads.
+struct Tasks {
+  int64_t panels, per_chunk, chunks, ranges, range_rows, grain;
+};
+
+Tasks share(const LinearGroupedArgs& a) {
+  const GroupedLayout& l = a.layout;
+  const int64_t threads = thread_count(), wanted = threads == 1 ? 1 : threads * 4;
+  Tasks t = {};
+  t.panels = panel_count(l);
+  const int64_t fit = kChunkBytes / std::max<int64_t>(1, l.panel_bytes);
+  t.per_chunk =
+      std::min<int64_t>({kChunk, (t.panels + wanted - 1) / wanted, std::max<int64_t>(1, fit)});
+  t.chunks = (t.panels + t.per_chunk - 1) / t.per_chunk;
+  const int64_t tiles = (a.m + kGroupedMaxRows - 1) / kGroupedMaxRows;
+  t.ranges = std::min(tiles, (wanted + t.chunks - 1) / t.chunks);
+  t.range_rows = (tiles + t.ranges - 1) / t.ranges * kGroupedMaxRows;
+  const int64_t columns = t.per_chunk * kGroupedPanel;
+  t.grain = std::max<int64_t>(
+      1, kTaskWork / (columns * std::max<int64_t>(1, l.k) * std::min(t.range_rows, a.m)));
+  return t;
+}
+
+// `fresh`: memory for a chunk of panels, when the weights are packed on the way.
+void run_task(const LinearGroupedArgs& a, const GroupedKernels& kernels, const GroupedRows& x,
+              const Tasks& t, int64_t task, void* fresh) {
+  const GroupedLayout& l = a.layout;
+  constexpr int64_t kLd = kChunk * kGroupedPanel;
+  alignas(64) float acc[kGroupedMaxRows * kLd];
+  const int64_t first = task / t.ranges * t.per_chunk,
+                count = std::min(t.per_chunk, t.panels - first);
+  const int64_t column = first * kGroupedPanel,
+                columns = std::min(count * kGroupedPanel, l.n - column);
+  if (fresh) grouped_pack(l, a.source, first, count, static_cast<uint8_t*>(fresh));
+  const uint8_t* weights = fresh ? static_cast<uint8_t*>(fresh) : a.panels + first * l.panel_bytes;
+  const GroupedPanelFn panel = a.activation_bits == 8 ? kernels.panel8 : kernels.panel16;
+  const int64_t begin = task % t.ranges * t.range_rows, end = std::min(a.m, begin + t.range_rows);
+  for (int64_t m = begin; m < end; m += kGroupedMaxRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kGroupedMaxRows, end - m));
+    const GroupedRows tile = rows_from(x, l, m);
+    for (int64_t p = 0; p < count; ++p)
+      panel(l, weights + p * l.panel_bytes, tile, rows, acc + p * kGroupedPanel, kLd);
+    for (int r = 0; r < rows; ++r)
+      kernels.finish(a.epilogue, acc + r * kLd, m + r, column, columns);
+  }
+}
+
 }  // namespace
 
 GroupedLayout grouped_layout(int64_t n, int64_t k, int64_t group, int bits, bool half,
@@ -137,60 +184,16 @@ void grouped_pack_all(const GroupedLayout& l, const GroupedSource& source, uint8
 int64_t linear_grouped_scratch(const LinearGroupedArgs& args) { return scratch_layout(args).bytes; }
 
 void linear_grouped_run(const LinearGroupedArgs& a, void* scratch) {
-  const GroupedLayout& l = a.layout;
-  if (a.m == 0 || l.n == 0) return;
+  if (a.m == 0 || a.layout.n == 0) return;
   const GroupedKernels& kernels = *select_linear_grouped();
   const GroupedRows x = prepare_rows(a, kernels, static_cast<uint8_t*>(scratch));
-  const GroupedPanelFn panel = a.activation_bits == 8 ? kernels.panel8 : kernels.panel16;
-
-  // Tasks: chunks of panels, and ranges of rows where there are too few chunks for the threads.
-  const int64_t panels = panel_count(l), threads = thread_count();
-  const int64_t wanted = threads == 1 ? 1 : threads * 4;
-  int64_t per_chunk = std::min<int64_t>(kChunk, (panels + wanted - 1) / wanted);
-  per_chunk =
-      std::max<int64_t>(1, std::min(per_chunk, kChunkBytes / std::max<int64_t>(1, l.panel_bytes)));
-  const int64_t chunks = (panels + per_chunk - 1) / per_chunk;
-  const int64_t tiles = (a.m + kGroupedMaxRows - 1) / kGroupedMaxRows;
-  const int64_t ranges = std::min(tiles, (wanted + chunks - 1) / chunks);
-  const int64_t range_rows = (tiles + ranges - 1) / ranges * kGroupedMaxRows;
-  const int64_t work =
-      per_chunk * kGroupedPanel * std::max<int64_t>(1, l.k) * std::min(range_rows, a.m);
-
-  parallel_for(
-      0, chunks * ranges, std::max<int64_t>(1, kTaskWork / work), [&](int64_t begin, int64_t end) {
-        alignas(64) float acc[kGroupedMaxRows * kChunk * kGroupedPanel];
-        std::shared_ptr<void> fresh =
-            a.panels ? nullptr : aligned_buffer(per_chunk * l.panel_bytes);
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t first = task / ranges * per_chunk,
-                        count = std::min(per_chunk, panels - first);
-          const int64_t column = first * kGroupedPanel,
-                        columns = std::min(count * kGroupedPanel, l.n - column);
-          if (fresh) grouped_pack(l, a.source, first, count, static_cast<uint8_t*>(fresh.get()));
-          const uint8_t* weights =
-              fresh ? static_cast<uint8_t*>(fresh.get()) : a.panels + first * l.panel_bytes;
-          const int64_t last = std::min(a.m, (task % ranges + 1) * range_rows);
-          for (int64_t m = task % ranges * range_rows; m < last; m += kGroupedMaxRows) {
-            const int rows = static_cast<int>(std::min<int64_t>(kGroupedMaxRows, last - m));
-            const GroupedRows tile = rows_from(x, l, m);
-            for (int64_t p = 0; p < count; ++p)
-              panel(l, weights + p * l.panel_bytes, tile, rows, acc + p * kGroupedPanel,
-                    kChunk * kGroupedPanel);
-            for (int r = 0; r < rows; ++r) {
-              const int64_t at = (m + r) * l.n + column;
-              const auto offset = [](const void* p, DType dtype, int64_t count) -> const void* {
-                return p ? static_cast<const uint8_t*>(p) + count * element_size(dtype) : nullptr;
-              };
-              kernels.finish({acc + r * kChunk * kGroupedPanel,
-                              offset(a.bias, a.bias_dtype, column), a.bias_dtype,
-                              offset(a.residual, a.residual_dtype, at), a.residual_dtype,
-                              a.activation, a.post_activation,
-                              static_cast<uint8_t*>(a.out) + at * element_size(a.out_dtype),
-                              a.out_dtype, columns});
-            }
-          }
-        }
-      });
+  const Tasks t = share(a);
+  parallel_for(0, t.chunks * t.ranges, t.grain, [&](int64_t begin, int64_t end) {
+    std::optional<ThreadScratch> fresh;
+    if (!a.panels) fresh.emplace(t.per_chunk * a.layout.panel_bytes);
+    for (int64_t i = begin; i < end; ++i)
+      run_task(a, kernels, x, t, i, fresh ? fresh->data() : nullptr);
+  });
 }
 
 }  // namespace narrowcast
