@@ -15,9 +15,7 @@ def group_inputs(n, k, group, bits, scale_dtype, with_offset):
 
 @pytest.mark.parametrize("variant", variants("dequantize_groups"))
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    "n, k, group", [(1, 2, 2), (3, 32, 32), (5, 96, 6), (17, 768, 256), (2, 1200, 600)]
-)
+@pytest.mark.parametrize("n, k, group", [(1, 2, 2), (3, 32, 32), (5, 96, 6), (17, 768, 256), (2, 1200, 600)])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_groups_bit_equal_reference(variant, bits, n, k, group, scale_dtype, out_dtype):
@@ -32,17 +30,13 @@ def test_groups_empty_and_strided():
     assert ops.dequantize_groups(*group_inputs(0, 64, 32, 4, torch.float32, True)).shape == (0, 64)
     packed, scale, offset, group, bits = group_inputs(8, 64, 32, 4, torch.float32, True)
     out = ops.dequantize_groups(packed[::2], scale[::2], offset[::2], group, bits)
-    assert torch.equal(
-        out, ref.dequantize_groups(packed[::2], scale[::2], offset[::2], group, bits)
-    )
+    assert torch.equal(out, ref.dequantize_groups(packed[::2], scale[::2], offset[::2], group, bits))
 
 
 def test_groups_opcheck_and_compile():
     inputs = group_inputs(6, 64, 32, 4, torch.float16, True)
     torch.library.opcheck(ops.dequantize_groups.default, inputs)
-    compiled = torch.compile(
-        lambda *a: ops.dequantize_groups(*a) + 1, fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda *a: ops.dequantize_groups(*a) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), ref.dequantize_groups(*inputs) + 1)
 
 

@@ -156,9 +156,7 @@ def test_int8_per_tensor_empty_strided():
 def test_int8_opcheck_and_compile():
     inputs = int8_inputs((6, 64), 32)
     torch.library.opcheck(ops.dequantize_int8.default, inputs)
-    compiled = torch.compile(
-        lambda *a: ops.dequantize_int8(*a) + 1, fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda *a: ops.dequantize_int8(*a) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), ref.dequantize_int8(*inputs) + 1)
 
 

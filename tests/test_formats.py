@@ -37,9 +37,7 @@ def test_from_gguf_is_exact(type):
         gguf.quants.quantize(row, gguf.GGMLQuantizationType[type])
         for row in torch.randn(7, k).numpy()
     ])  # fmt: skip
-    expected = torch.from_numpy(
-        gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type])
-    ).reshape(7, k)
+    expected = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type])).reshape(7, k)
     weight = from_gguf(torch.from_numpy(blocks), type)
     assert weight.shape == (7, k)
     assert weight.scale.dtype == torch.float16

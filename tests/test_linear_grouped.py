@@ -80,9 +80,7 @@ def test_epilogue(variant, activation):
     w = weight(530, 64, 32, 4)
     bias, residual = torch.randn(530), torch.randn(14, 530)
     with forced("linear_grouped", variant):
-        for post, b, r in itertools.product(
-            ("none", "relu6", "silu"), (bias, None), (residual, None)
-        ):
+        for post, b, r in itertools.product(("none", "relu6", "silu"), (bias, None), (residual, None)):
             check(
                 torch.randn(14, 64),
                 w,
@@ -143,9 +141,7 @@ def test_packed_weights_give_the_same_bits(activation_bits):
                 x, panels, 83, 96, bits, scale_dtype == torch.float16, with_offset, bias, "relu",
                 activation_bits=activation_bits,
             )  # fmt: skip
-            assert torch.equal(
-                out, ops.linear_grouped(x, *w, bias, "relu", activation_bits=activation_bits)
-            )
+            assert torch.equal(out, ops.linear_grouped(x, *w, bias, "relu", activation_bits=activation_bits))
 
 
 def test_empty_and_strided():
@@ -198,15 +194,11 @@ def test_threads_do_not_change_the_result(activation_bits):
 def test_opcheck_and_compile():
     w, x = weight(24, 64, 32, 4), torch.randn(2, 3, 64)
     bias, residual = torch.randn(24), torch.randn(2, 3, 24)
-    torch.library.opcheck(
-        ops.linear_grouped.default, (x, *w, bias, "gelu", residual, torch.float16)
-    )
+    torch.library.opcheck(ops.linear_grouped.default, (x, *w, bias, "gelu", residual, torch.float16))
     torch.library.opcheck(ops.linear_grouped.out, (x, *w), {"out": torch.empty(2, 3, 24)})
     torch.library.opcheck(ops._linear_grouped_pack.default, w)
     panels = ops._linear_grouped_pack(*w)
-    torch.library.opcheck(
-        ops._linear_grouped_packed.default, (x, panels, 24, 32, 4, False, True, bias)
-    )
+    torch.library.opcheck(ops._linear_grouped_packed.default, (x, panels, 24, 32, 4, False, True, bias))
     compiled = torch.compile(
         lambda x, *w: ops.linear_grouped(x, *w, activation_bits=8) + 1,
         fullgraph=True,

@@ -96,9 +96,7 @@ def test_extreme_sums_do_not_overflow(variant, asymmetric):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    "dtype, zero_point", [(torch.int8, 0), (torch.int8, -7), (torch.uint8, 128)]
-)
+@pytest.mark.parametrize("dtype, zero_point", [(torch.int8, 0), (torch.int8, -7), (torch.uint8, 128)])
 def test_requantize(variant, dtype, zero_point):
     x_q, x_scale, w_q, w_scale, zero = operands(8, 70, 96, asymmetric=True)
     bias = torch.randn(70)
@@ -202,15 +200,9 @@ def test_opcheck_and_compile():
     torch.library.opcheck(
         ops.linear_int8_requantize.default, (x_q, x_scale, w_q, w_scale, None, "none", None, 0.1)
     )
-    torch.library.opcheck(
-        ops.linear_int8.out, (x_q, x_scale, w_q, w_scale), {"out": torch.empty(4, 10)}
-    )
-    torch.library.opcheck(
-        ops.linear_dynamic_int8.out, (x, w_q, w_scale), {"out": torch.empty(4, 10)}
-    )
-    compiled = torch.compile(
-        lambda *a: ops.linear_dynamic_int8(*a) + 1, fullgraph=True, backend="aot_eager"
-    )
+    torch.library.opcheck(ops.linear_int8.out, (x_q, x_scale, w_q, w_scale), {"out": torch.empty(4, 10)})
+    torch.library.opcheck(ops.linear_dynamic_int8.out, (x, w_q, w_scale), {"out": torch.empty(4, 10)})
+    compiled = torch.compile(lambda *a: ops.linear_dynamic_int8(*a) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, w_q, w_scale), ops.linear_dynamic_int8(x, w_q, w_scale) + 1)
 
 

@@ -87,9 +87,7 @@ def test_explain_names_every_node(mixed):
     assert by_op["aten.linear"].backend == "callback (runs as its ATen op)"
     assert by_op["aten.linear"].macs == 10 * 32 * 48 and by_op["aten.linear"].weights == "float32"
     assert by_op["aten.linear"].source
-    assert (
-        by_op["aten.arange"].backend == "folded" and by_op["aten.transpose.int"].backend == "view"
-    )
+    assert by_op["aten.arange"].backend == "folded" and by_op["aten.transpose.int"].backend == "view"
     assert len(rows.rows) == sum(n.op == "call_function" for n in graph.graph.nodes)
     assert rows.shares == {"float32": 1.0} and "aten.gelu" in str(rows)
     assert {r.op for r in rows.not_native} >= {"aten.linear", "aten.gelu"}

@@ -12,9 +12,7 @@ def intervals(count, steps, most_bytes):
     for _ in range(count):
         first = random.randrange(steps)
         last = min(steps, first + int(random.expovariate(0.3)))
-        result.append(
-            Interval(random.choice([0, 1, 63, 64, 65, random.randrange(most_bytes)]), first, last)
-        )
+        result.append(Interval(random.choice([0, 1, 63, 64, 65, random.randrange(most_bytes)]), first, last))
     return result
 
 
@@ -25,10 +23,7 @@ def test_no_two_live_buffers_overlap(count, steps):
         arena = memory.plan(live)
         memory.verify(live, arena)
         most = max(
-            (
-                sum(-(-b.bytes // 64) * 64 for b in live if b.first <= t <= b.last)
-                for t in range(steps + 1)
-            ),
+            (sum(-(-b.bytes // 64) * 64 for b in live if b.first <= t <= b.last) for t in range(steps + 1)),
             default=0,
         )
         assert arena.lower_bound == most <= arena.bytes

@@ -40,10 +40,10 @@ def library(request, tmp_path_factory):
     flags, lanes = ISAS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     source = folder / "functions.cpp"
-    source.write_text(
-        SOURCE.format(isa=request.param, lanes=lanes, bits="512" if lanes == 16 else "256")
+    source.write_text(SOURCE.format(isa=request.param, lanes=lanes, bits="512" if lanes == 16 else "256"))
+    command = (
+        f"g++ -std=c++20 -O2 -fno-builtin -shared -fPIC {flags} -I{KERNELS} -o functions.so functions.cpp"
     )
-    command = f"g++ -std=c++20 -O2 -fno-builtin -shared -fPIC {flags} -I{KERNELS} -o functions.so functions.cpp"
     subprocess.run(command.split(), cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "functions.so"))
 

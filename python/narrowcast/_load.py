@@ -21,9 +21,7 @@ def library_path(name: str, folders: Iterable[str]) -> Path:
     for folder in map(Path, folders):
         if (folder / name).is_file():
             return folder / name
-    raise ImportError(
-        f"{name} is not in {list(folders)}; build it with: pip install --no-build-isolation ."
-    )
+    raise ImportError(f"{name} is not in {list(folders)}; build it with: pip install --no-build-isolation .")
 
 
 def load_libraries(folders: Iterable[str]) -> None:

@@ -69,9 +69,7 @@ def _(packed, scale, offset, group_size, bits, out_dtype=torch.float32):
 @_fake("narrowcast::dequantize_gguf")
 def _(blocks, type, out_dtype=torch.float32):
     elements, size = GGUF_BLOCKS[type]
-    return blocks.new_empty(
-        (*blocks.shape[:-1], blocks.shape[-1] // size * elements), dtype=out_dtype
-    )
+    return blocks.new_empty((*blocks.shape[:-1], blocks.shape[-1] // size * elements), dtype=out_dtype)
 
 
 # linear
@@ -172,9 +170,7 @@ def _(q, k_cache, v_cache, lengths, *options, **named_options):
 
 def _conv(x, weight, stride, padding, dilation, dtype):
     kernel = weight.shape[2:]
-    spatial = [
-        _pooled(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    ]
+    spatial = [_pooled(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     return _channels_last(x, [x.shape[0], weight.shape[0], *spatial], dtype)
 
 

@@ -88,11 +88,8 @@ class GroupedWeight:
         )
         n, k = self.shape
         _require(
-            self.group_size > 0
-            and k % self.group_size == 0
-            and (self.bits == 8 or self.group_size % 2 == 0),
-            f"group_size must be positive, even for 4 bits, and divide K = {k}, "
-            f"got {self.group_size}",
+            self.group_size > 0 and k % self.group_size == 0 and (self.bits == 8 or self.group_size % 2 == 0),
+            f"group_size must be positive, even for 4 bits, and divide K = {k}, got {self.group_size}",
         )
         expected = (n, k // self.group_size)
         _require(
@@ -128,9 +125,7 @@ class GroupedWeight:
     def rows(self, index: Tensor | slice) -> GroupedWeight:
         """The rows that ``index`` (an integer or bool tensor, or a slice) selects, in its order."""
         offset = None if self.offset is None else self.offset[index]
-        return GroupedWeight(
-            self.bits, self.group_size, self.packed[index], self.scale[index], offset
-        )
+        return GroupedWeight(self.bits, self.group_size, self.packed[index], self.scale[index], offset)
 
     def to(self, device: torch.device | str) -> GroupedWeight:
         """The same weight on another device."""
@@ -241,9 +236,7 @@ def gguf_columns(blocks: Tensor, type: str) -> int:
     if blocks.dtype != torch.uint8 or blocks.dim() == 0:
         raise ArgumentError(f"blocks must be uint8 [..., bytes], got {_text(blocks)}")
     if blocks.shape[-1] % size:
-        raise FormatError(
-            f"a {type} row must be a multiple of {size} bytes, got {blocks.shape[-1]}"
-        )
+        raise FormatError(f"a {type} row must be a multiple of {size} bytes, got {blocks.shape[-1]}")
     return blocks.shape[-1] // size * elements
 
 

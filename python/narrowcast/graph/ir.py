@@ -1,6 +1,6 @@
 """The graph that importers make, passes rewrite, compression quantises, plans store and executors run.
 
-It is a ``torch.fx.Graph`` in the torch.export ATen dialect plus ``narrowcast`` ops, and a dictionary of weights:
+It is a ``torch.fx.Graph`` in the torch.export ATen dialect plus ``narrowcast`` ops, and its weights by name:
 
 - ``placeholder`` nodes are the user's inputs, in order;
 - ``get_attr`` nodes name a weight: ``graph.weights[node.target]``;
@@ -228,8 +228,7 @@ class Graph:
 def is_size_call(node: fx.Node) -> bool:
     """Whether a node computes an integer (a size) rather than a tensor."""
     return node.target is aten.sym_size.int or (
-        getattr(node.target, "__module__", "") == operator.__name__
-        and node.target is not operator.getitem
+        getattr(node.target, "__module__", "") == operator.__name__ and node.target is not operator.getitem
     )
 
 

@@ -56,12 +56,8 @@ class Executor:
         self._shared = Shared(_module(source), self.device)
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.RLock()
-        self._placeholders = [
-            n.name for n in self._shared.module.graph.nodes if n.op == "placeholder"
-        ]
-        self._expected = [
-            _expected(n) for n in self._shared.module.graph.nodes if n.op == "placeholder"
-        ]
+        self._placeholders = [n.name for n in self._shared.module.graph.nodes if n.op == "placeholder"]
+        self._expected = [_expected(n) for n in self._shared.module.graph.nodes if n.op == "placeholder"]
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Runs the graph. Raises ArgumentError for a wrong number, rank or dtype of inputs."""

@@ -56,10 +56,7 @@ class Explanation:
     def __str__(self) -> str:
         rows = [r for r in self.rows if r.backend not in ("view", "host")]
         header = ("node", "op", "backend", "dtype", "bytes", "MACs", "weights")
-        cells = [
-            (r.node, r.op, r.backend, r.dtype, f"{r.bytes:,}", f"{r.macs:,}", r.weights)
-            for r in rows
-        ]
+        cells = [(r.node, r.op, r.backend, r.dtype, f"{r.bytes:,}", f"{r.macs:,}", r.weights) for r in rows]
         shares = ", ".join(f"{k} {v:.1%}" for k, v in sorted(self.shares.items()))
         callbacks = ", ".join(f"{r.node} ({r.op})" for r in self.not_native)
         return (
@@ -119,8 +116,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
     def line(row: tuple[str, ...]) -> str:
         cells = (
-            c.rjust(w) if c[:1].isdigit() and i else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths))
+            c.rjust(w) if c[:1].isdigit() and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))
         )
         return "  ".join(cells).rstrip()
 

@@ -76,9 +76,7 @@ def lower_bound(intervals: Sequence[Interval]) -> int:
 def verify(intervals: Sequence[Interval], arena: Arena) -> None:
     """Raises when two buffers that live together share a byte, or one leaves the arena."""
     live: list[int] = []
-    for i in sorted(
-        (i for i, b in enumerate(intervals) if b.bytes), key=lambda i: intervals[i].first
-    ):
+    for i in sorted((i for i, b in enumerate(intervals) if b.bytes), key=lambda i: intervals[i].first):
         b, start = intervals[i], arena.offsets[i]
         if start % ALIGNMENT or start < 0 or start + b.bytes > arena.bytes:
             raise Error(f"memory plan: buffer {i} at {start} is unaligned or outside the arena")

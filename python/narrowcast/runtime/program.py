@@ -226,9 +226,7 @@ class Program:
             ) from error
         self.values[node] = value
         reads, writes = _tensors((args, kwargs)), _tensors(value)
-        mutable = (
-            getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable
-        )
+        mutable = getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable
         if not writes and not mutable:
             self.kinds[node] = "host"
             return
@@ -242,9 +240,7 @@ class Program:
             return
         varying.add(node)
         native = _is_native(node.target, self.device)
-        step = StepRecord(
-            node, short_name(node.target), "native" if native else "callback", reads, writes
-        )
+        step = StepRecord(node, short_name(node.target), "native" if native else "callback", reads, writes)
         if not native:
             step.why = "no native step" if _is_room(node.target) else "runs as its ATen op"
         index = len(self.steps)
@@ -315,9 +311,7 @@ class Program:
         memory.verify(intervals, self.arena)
         self.intervals = intervals
         spare = memory.ALIGNMENT - 1
-        self.arena_tensor = torch.empty(
-            self.arena.bytes + spare, dtype=torch.uint8, device=self.device
-        )
+        self.arena_tensor = torch.empty(self.arena.bytes + spare, dtype=torch.uint8, device=self.device)
         start = -self.arena_tensor.data_ptr() % memory.ALIGNMENT
         for buffer, offset in zip(placed, self.arena.offsets):
             buffer.offset = start + offset
@@ -352,9 +346,7 @@ class Program:
         def device(leaf: Any) -> Any:
             return self.device if isinstance(leaf, torch.device) else leaf
 
-        args = fx.node.map_aggregate(
-            node.args, lambda a: value(a) if isinstance(a, fx.Node) else device(a)
-        )
+        args = fx.node.map_aggregate(node.args, lambda a: value(a) if isinstance(a, fx.Node) else device(a))
         kwargs = fx.node.map_aggregate(
             node.kwargs, lambda a: value(a) if isinstance(a, fx.Node) else device(a)
         )
@@ -427,9 +419,7 @@ class Program:
             elif value is not None and "ScalarType" not in kind:  # the output says its own dtype
                 if argument.N and isinstance(value, int):
                     value = [value] * argument.N
-                attributes[argument.name] = (
-                    list(value) if isinstance(value, (tuple, list)) else value
-                )
+                attributes[argument.name] = list(value) if isinstance(value, (tuple, list)) else value
         outputs = [self._view(fake) for fake in step.writes]
         return step.node.target._opname, inputs, constant, outputs, attributes
 
