@@ -234,7 +234,7 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise UnsupportedError(
             f"{path} has plan format {version} ({str(document.get('written_by'))[:80]}); "
-            f"narrowcast {__version__} reads up to {FORMAT_VERSION}: install the release that wrote it, or a newer one"
+            f"narrowcast {__version__} reads up to {FORMAT_VERSION}: install the release that wrote it or a newer"
         )
     expected = {
         "kind": str, "recipe": str, "config": dict, "record": dict, "certificate": dict, "source": dict,

@@ -73,6 +73,9 @@ def to_json(graph: Graph) -> dict:
             if isinstance(val, Tensor):
                 entry["dtype"] = _dtype_name(val.dtype)
                 entry["shape"] = [s if isinstance(s, int) else str(s) for s in val.shape]
+            elif node.meta.get("dtype") is not None:  # read from a file
+                entry["dtype"] = _dtype_name(node.meta["dtype"])
+                entry["shape"] = node.meta["shape"]
         elif node.op == "get_attr":
             entry["target"] = node.target
         elif node.op == "call_function":
