@@ -7,6 +7,9 @@ from narrowcast.kernels.dequantize.dequantize_ref import dequantize_groups
 from narrowcast.kernels.linear_grouped import linear_grouped_ref as ref
 
 from conftest import forced, variants
+from narrowcast import ArgumentError
+from narrowcast.formats import GroupedWeight
+from narrowcast.nn_grouped import LinearGrouped
 from tolerances import BOUND, assert_close
 
 ops = torch.ops.narrowcast
@@ -251,3 +254,35 @@ def test_bad_panels():
         ops._linear_grouped_packed(
             torch.randn(3, 64), torch.empty(9, dtype=torch.uint8), 6, 32, 4, False, False
         )
+
+
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_module(activation_bits):
+    packed, scale, offset, group, bits = weight(40, 64, 32, 4)
+    bias, x = torch.randn(40), torch.randn(2, 3, 64)
+    layer = LinearGrouped(
+        GroupedWeight(bits, group, packed, scale, offset), bias, activation="silu",
+        activation_bits=activation_bits,
+    )  # fmt: skip
+    expected = ops.linear_grouped(
+        x, packed, scale, offset, group, bits, bias, "silu", activation_bits=activation_bits
+    )
+    assert torch.equal(layer(x), expected)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    assert set(layer.state_dict()) == {"packed", "scale", "offset", "bias"}
+    layer.scale.mul_(2)  # the packed order follows
+    layer.offset.mul_(2)
+    again = ops.linear_grouped(
+        x, packed, scale, offset, group, bits, bias, "silu", activation_bits=activation_bits
+    )
+    assert torch.equal(layer(x), again) and not torch.equal(again, expected)
+
+
+def test_module_refuses_other_groups():
+    w = GroupedWeight(8, 16, torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 2))
+    with pytest.raises(ArgumentError, match="group_size must be a multiple of 32, got 16"):
+        LinearGrouped(w)
+    w = GroupedWeight(8, 32, torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1))
+    with pytest.raises(ArgumentError, match="activation_bits must be 8 or 16, got 4"):
+        LinearGrouped(w, activation_bits=4)

@@ -70,44 +70,38 @@ struct LinearGroupedArgs {
 int64_t linear_grouped_scratch(const LinearGroupedArgs& args);
 void linear_grouped_run(const LinearGroupedArgs& args, void* scratch);
 
-// Rows of x as the kernels read them. Per block: sum of the quantised (bits 8) or of the float
-// values. activation_bits 8: xq holds, for 4-bit weights, the even k of each 8 before the odd ones,
-// as the low and the high nibbles of a dword need them.
-struct GroupedRows {
-  const int8_t* xq;      // [rows, k]
-  const float* x;        // [rows, k]
-  const float* xs;       // [rows, k / block], activation_bits 8
-  const float* xsum;     // [rows, k / block], activation_bits 8: xs * sum of xq
-  const int32_t* start;  // [rows, k / block]: what the integer sum starts from, -centre * sum of xq
+// A tile of `ld` rows of x as the kernels read it, the rows interleaved so that it is one stream.
+// Per block: sum of the float values, or scale, scaled sum and start of the quantised ones.
+// activation_bits 8, 4-bit weights: the even k of each 8 come before the odd ones, as the low and
+// the high nibbles of a dword need them.
+struct GroupedTile {
+  int8_t* xq;   // activation_bits 8:  [k / 4][ld][4]
+  float* x;     // activation_bits 16: [k][ld]
+  float* xs;    // activation_bits 8:  [k / block][ld]
+  float* xsum;  // [k / block][ld]; activation_bits 8: xs * sum of xq
+  int32_t*
+      start;  // activation_bits 8:  [k / block][ld], -centre * sum of xq: where integer sums start
+  int ld;
 };
 
-// The same from row m on. A pointer that the mode does not use stays null.
-static inline GroupedRows rows_from(const GroupedRows& x, const GroupedLayout& l, int64_t m) {
-  const int64_t blocks = l.k / l.block;
-  return {x.xq ? x.xq + m * l.k : nullptr, x.x ? x.x + m * l.k : nullptr,
-          x.xs ? x.xs + m * blocks : nullptr, x.xsum + m * blocks,
-          x.start ? x.start + m * blocks : nullptr};
-}
-
-// One panel times `rows` <= kGroupedMaxRows rows: acc[r * ld + j] = the sum over k, j < 16.
+// Writes row r of the tile.
+using GroupedPrepareFn = void (*)(const GroupedLayout& layout, const void* x, DType dtype, int r,
+                                  const GroupedTile& tile);
+// One panel times a tile: acc[r * ld + j] = the sum over k, j < 16.
 using GroupedPanelFn = void (*)(const GroupedLayout& layout, const uint8_t* panel,
-                                const GroupedRows& x, int rows, float* acc, int64_t ld);
-// Quantises one row: writes xq, xs, xsum, start.
-using GroupedQuantizeFn = void (*)(const GroupedLayout& layout, const float* x, int8_t* xq,
-                                   float* xs, float* xsum, int32_t* start);
-// to float32, and sums per block
-using GroupedWidenFn = void (*)(const void* x, DType dtype, int64_t count, float* out);
-using GroupedSumFn = void (*)(const float* x, int64_t block, int64_t blocks, float* xsum);
+                                const GroupedTile& tile, float* acc, int64_t ld);
+// Interleaves `dwords` dwords of each of 16 rows, row_bytes apart, and flips bits.
+using GroupedPackFn = void (*)(const uint8_t* rows, int64_t row_bytes, int64_t dwords,
+                               uint32_t flip, uint8_t* out);
 
 // The epilogue of columns n .. n + count - 1 of row m, whose sums are acc[0 .. count - 1].
 using GroupedFinishFn = void (*)(const Epilogue& epilogue, const float* acc, int64_t m, int64_t n,
                                  int64_t count);
 
 struct GroupedKernels {
-  GroupedPanelFn panel8, panel16;
-  GroupedQuantizeFn quantize;
-  GroupedWidenFn widen;
-  GroupedSumFn sum;
+  GroupedPanelFn panel8, panel16;  // by activation_bits
+  GroupedPrepareFn prepare8, prepare16;
+  GroupedPackFn pack;
   GroupedFinishFn finish;
 };
 

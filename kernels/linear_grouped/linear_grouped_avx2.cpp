@@ -29,8 +29,8 @@ inline __m256i broadcast4(const int8_t* p) {
 }
 
 template <int M, int Bits>
-void tile8(const GroupedLayout& l, const uint8_t* panel, int half, const GroupedRows& x, float* acc,
-           int64_t ld) {
+void tile8(const GroupedLayout& l, const uint8_t* panel, int half, const GroupedTile& x, int first,
+           float* acc, int64_t ld) {
   const uint8_t* scales = panel + l.code_bytes;
   const int64_t blocks = l.k / l.block;
   const __m256i low = _mm256_set1_epi8(15), one8 = _mm256_set1_epi8(1),
@@ -40,26 +40,27 @@ void tile8(const GroupedLayout& l, const uint8_t* panel, int half, const Grouped
   __m256 y[M];
   for (int m = 0; m < M; ++m) y[m] = _mm256_setzero_ps();
   const uint8_t* codes = panel + half * 32;
-  const int8_t* xq = x.xq;
+  const int8_t* xq = x.xq + 4 * first;
   for (int64_t b = 0; b < blocks; ++b) {
     __m256i sum[M];
-    for (int m = 0; m < M; ++m) sum[m] = _mm256_set1_epi32(x.start[m * blocks + b]);
-    for (int64_t k = 0; k < l.block; k += Bits == 4 ? 8 : 4, codes += 64, xq += Bits == 4 ? 8 : 4) {
+    for (int m = 0; m < M; ++m) sum[m] = _mm256_set1_epi32(x.start[b * x.ld + first + m]);
+    for (int64_t k = 0; k < l.block;
+         k += Bits == 4 ? 8 : 4, codes += 64, xq += (Bits == 4 ? 8 : 4) * x.ld) {
       const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
       if (Bits == 4) {
         const __m256i even = _mm256_and_si256(v, low),
                       odd = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
         for (int m = 0; m < M; ++m) {
           const __m256i products =
-              _mm256_add_epi16(_mm256_maddubs_epi16(even, broadcast4(xq + m * l.k)),
-                               _mm256_maddubs_epi16(odd, broadcast4(xq + m * l.k + 4)));
+              _mm256_add_epi16(_mm256_maddubs_epi16(even, broadcast4(xq + 4 * m)),
+                               _mm256_maddubs_epi16(odd, broadcast4(xq + 4 * x.ld + 4 * m)));
           sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(products, one16));
         }
       } else {
         const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(v, 1), seven),
                       bit = _mm256_and_si256(v, one8);
         for (int m = 0; m < M; ++m) {
-          const __m256i xs = broadcast4(xq + m * l.k);
+          const __m256i xs = broadcast4(xq + 4 * m);
           const __m256i twice = _mm256_madd_epi16(_mm256_maddubs_epi16(upper, xs), two16);
           const __m256i once = _mm256_madd_epi16(_mm256_maddubs_epi16(bit, xs), one16);
           sum[m] = _mm256_add_epi32(sum[m], _mm256_add_epi32(twice, once));
@@ -68,20 +69,20 @@ void tile8(const GroupedLayout& l, const uint8_t* panel, int half, const Grouped
     }
     const __m256 scale = scales8(l, scales, b, half);
     for (int m = 0; m < M; ++m)
-      y[m] = _mm256_fmadd_ps(_mm256_set1_ps(x.xs[m * blocks + b]),
+      y[m] = _mm256_fmadd_ps(_mm256_set1_ps(x.xs[b * x.ld + first + m]),
                              _mm256_mul_ps(scale, _mm256_cvtepi32_ps(sum[m])), y[m]);
     if (l.has_offset) {
       const __m256 offset =
           _mm256_fmadd_ps(centre, scale, scales8(l, scales + l.scale_bytes, b, half));
       for (int m = 0; m < M; ++m)
-        y[m] = _mm256_fmadd_ps(offset, _mm256_set1_ps(x.xsum[m * blocks + b]), y[m]);
+        y[m] = _mm256_fmadd_ps(offset, _mm256_set1_ps(x.xsum[b * x.ld + first + m]), y[m]);
     }
   }
   for (int m = 0; m < M; ++m) _mm256_storeu_ps(acc + m * ld + half * 8, y[m]);
 }
 
 template <int M, int Bits>
-void tile16(const GroupedLayout& l, const uint8_t* panel, int half, const GroupedRows& x,
+void tile16(const GroupedLayout& l, const uint8_t* panel, int half, const GroupedTile& x, int first,
             float* acc, int64_t ld) {
   constexpr int kStep = Bits == 4 ? 8 : 4;
   const uint8_t* scales = panel + l.code_bytes;
@@ -92,11 +93,11 @@ void tile16(const GroupedLayout& l, const uint8_t* panel, int half, const Groupe
   __m256 y[M];
   for (int m = 0; m < M; ++m) y[m] = _mm256_setzero_ps();
   const uint8_t* codes = panel + half * 32;
-  const float* xk = x.x;
+  const float* xk = x.x + first;
   for (int64_t b = 0; b < blocks; ++b) {
     __m256 sum[M];
     for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_ps();
-    for (int64_t k = 0; k < l.block; k += kStep, codes += 64, xk += kStep) {
+    for (int64_t k = 0; k < l.block; k += kStep, codes += 64, xk += kStep * x.ld) {
       __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
       if (Bits == 8) v = _mm256_xor_si256(v, sign);
 #pragma GCC unroll 8
@@ -108,7 +109,7 @@ void tile16(const GroupedLayout& l, const uint8_t* panel, int half, const Groupe
           q = _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24);
         const __m256 w = _mm256_cvtepi32_ps(q);
         for (int m = 0; m < M; ++m)
-          sum[m] = _mm256_fmadd_ps(w, _mm256_set1_ps(xk[m * l.k + i]), sum[m]);
+          sum[m] = _mm256_fmadd_ps(w, _mm256_set1_ps(xk[i * x.ld + m]), sum[m]);
       }
     }
     const __m256 scale = scales8(l, scales, b, half);
@@ -117,35 +118,34 @@ void tile16(const GroupedLayout& l, const uint8_t* panel, int half, const Groupe
       const __m256 offset =
           _mm256_fmadd_ps(centre, scale, scales8(l, scales + l.scale_bytes, b, half));
       for (int m = 0; m < M; ++m)
-        y[m] = _mm256_fmadd_ps(offset, _mm256_set1_ps(x.xsum[m * blocks + b]), y[m]);
+        y[m] = _mm256_fmadd_ps(offset, _mm256_set1_ps(x.xsum[b * x.ld + first + m]), y[m]);
     }
   }
   for (int m = 0; m < M; ++m) _mm256_storeu_ps(acc + m * ld + half * 8, y[m]);
 }
 
-using Tile = void (*)(const GroupedLayout&, const uint8_t*, int, const GroupedRows&, float*,
+using Tile = void (*)(const GroupedLayout&, const uint8_t*, int, const GroupedTile&, int, float*,
                       int64_t);
 #define TILES(tile, bits) {tile<1, bits>, tile<2, bits>, tile<3, bits>, tile<4, bits>}
 
-void panel(const Tile* tiles, const GroupedLayout& l, const uint8_t* weights, const GroupedRows& x,
-           int rows, float* acc, int64_t ld) {
-  for (int m = 0; m < rows; m += kRows) {
-    const GroupedRows from = rows_from(x, l, m);
-    const int here = rows - m < kRows ? rows - m : kRows;
-    for (int half = 0; half < 2; ++half) tiles[here - 1](l, weights, half, from, acc + m * ld, ld);
+void panel(const Tile* tiles, const GroupedLayout& l, const uint8_t* weights, const GroupedTile& x,
+           float* acc, int64_t ld) {
+  for (int m = 0; m < x.ld; m += kRows) {
+    const int here = x.ld - m < kRows ? x.ld - m : kRows;
+    for (int half = 0; half < 2; ++half) tiles[here - 1](l, weights, half, x, m, acc + m * ld, ld);
   }
 }
 
-void panel8(const GroupedLayout& l, const uint8_t* weights, const GroupedRows& x, int rows,
-            float* acc, int64_t ld) {
+void panel8(const GroupedLayout& l, const uint8_t* weights, const GroupedTile& x, float* acc,
+            int64_t ld) {
   static constexpr Tile four[kRows] = TILES(tile8, 4), eight[kRows] = TILES(tile8, 8);
-  panel(l.bits == 4 ? four : eight, l, weights, x, rows, acc, ld);
+  panel(l.bits == 4 ? four : eight, l, weights, x, acc, ld);
 }
 
-void panel16(const GroupedLayout& l, const uint8_t* weights, const GroupedRows& x, int rows,
-             float* acc, int64_t ld) {
+void panel16(const GroupedLayout& l, const uint8_t* weights, const GroupedTile& x, float* acc,
+             int64_t ld) {
   static constexpr Tile four[kRows] = TILES(tile16, 4), eight[kRows] = TILES(tile16, 8);
-  panel(l.bits == 4 ? four : eight, l, weights, x, rows, acc, ld);
+  panel(l.bits == 4 ? four : eight, l, weights, x, acc, ld);
 }
 
 void finish_columns(const Epilogue& e, const float* acc, int64_t m, int64_t n, int64_t count) {
@@ -170,7 +170,7 @@ void finish_columns(const Epilogue& e, const float* acc, int64_t m, int64_t n, i
 
 }  // namespace
 
-extern const GroupedKernels linear_grouped_avx2 = {panel8, panel16,    quantize_row,
-                                                   widen,  sum_blocks, finish_columns};
+extern const GroupedKernels linear_grouped_avx2 = {panel8,    panel16,   prepare8,
+                                                   prepare16, pack_rows, finish_columns};
 
 }  // namespace narrowcast

@@ -18,44 +18,45 @@ uint32_t dword(const uint8_t* p) {
   return v;
 }
 
-void panel8(const GroupedLayout& l, const uint8_t* panel, const GroupedRows& x, int rows,
-            float* acc, int64_t ld) {
+void panel8(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
+            int64_t ld) {
   const uint8_t* scales = panel + l.code_bytes;
   const int64_t blocks = l.k / l.block, step = l.bits == 4 ? 8 : 4;
-  for (int m = 0; m < rows; ++m) {
+  for (int m = 0; m < x.ld; ++m) {
     float y[16] = {};
     for (int64_t b = 0; b < blocks; ++b) {
       int32_t sum[16];
-      for (int j = 0; j < 16; ++j) sum[j] = x.start[m * blocks + b];
+      for (int j = 0; j < 16; ++j) sum[j] = x.start[b * x.ld + m];
       for (int64_t k = b * l.block; k < (b + 1) * l.block; k += step) {
         const uint8_t* codes = panel + k / step * 64;
-        const int8_t* xq = x.xq + m * l.k + k;
+        const int8_t* xq = x.xq + k * x.ld + 4 * m;
         for (int j = 0; j < 16; ++j) {
           const uint32_t v = dword(codes + 4 * j);
           for (int i = 0; i < 4; ++i) {
             const int byte = static_cast<int>(v >> (8 * i) & 255);
-            sum[j] += l.bits == 8 ? byte * xq[i] : (byte & 15) * xq[i] + (byte >> 4) * xq[4 + i];
+            sum[j] +=
+                l.bits == 8 ? byte * xq[i] : (byte & 15) * xq[i] + (byte >> 4) * xq[4 * x.ld + i];
           }
         }
       }
       float scale[16], offset[16];
       load16(l, scales, b, scale);
       for (int j = 0; j < 16; ++j)
-        y[j] += x.xs[m * blocks + b] * (scale[j] * static_cast<float>(sum[j]));
+        y[j] += x.xs[b * x.ld + m] * (scale[j] * static_cast<float>(sum[j]));
       if (!l.has_offset) continue;
       load16(l, scales + l.scale_bytes, b, offset);
       const float centre = l.bits == 4 ? 8.0f : 0.0f;
-      for (int j = 0; j < 16; ++j) y[j] += (offset[j] + centre * scale[j]) * x.xsum[m * blocks + b];
+      for (int j = 0; j < 16; ++j) y[j] += (offset[j] + centre * scale[j]) * x.xsum[b * x.ld + m];
     }
     memcpy(acc + m * ld, y, sizeof y);
   }
 }
 
-void panel16(const GroupedLayout& l, const uint8_t* panel, const GroupedRows& x, int rows,
-             float* acc, int64_t ld) {
+void panel16(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
+             int64_t ld) {
   const uint8_t* scales = panel + l.code_bytes;
   const int64_t blocks = l.k / l.block, step = l.bits == 4 ? 8 : 4;
-  for (int m = 0; m < rows; ++m) {
+  for (int m = 0; m < x.ld; ++m) {
     float y[16] = {};
     for (int64_t b = 0; b < blocks; ++b) {
       float sum[16] = {};
@@ -66,7 +67,7 @@ void panel16(const GroupedLayout& l, const uint8_t* panel, const GroupedRows& x,
           for (int i = 0; i < step; ++i) {
             const int q = l.bits == 4 ? static_cast<int>(v >> (4 * i) & 15) - 8
                                       : static_cast<int>(v >> (8 * i) & 255) - 128;
-            sum[j] += static_cast<float>(q) * x.x[m * l.k + k + i];
+            sum[j] += static_cast<float>(q) * x.x[(k + i) * x.ld + m];
           }
         }
       }
@@ -76,7 +77,7 @@ void panel16(const GroupedLayout& l, const uint8_t* panel, const GroupedRows& x,
       if (!l.has_offset) continue;
       load16(l, scales + l.scale_bytes, b, offset);
       const float centre = l.bits == 4 ? 8.0f : 0.0f;
-      for (int j = 0; j < 16; ++j) y[j] += (offset[j] + centre * scale[j]) * x.xsum[m * blocks + b];
+      for (int j = 0; j < 16; ++j) y[j] += (offset[j] + centre * scale[j]) * x.xsum[b * x.ld + m];
     }
     memcpy(acc + m * ld, y, sizeof y);
   }
@@ -88,7 +89,7 @@ void finish_columns(const Epilogue& e, const float* acc, int64_t m, int64_t n, i
 
 }  // namespace
 
-extern const GroupedKernels linear_grouped_generic = {panel8, panel16,    quantize_row,
-                                                      widen,  sum_blocks, finish_columns};
+extern const GroupedKernels linear_grouped_generic = {panel8,    panel16,   prepare8,
+                                                      prepare16, pack_rows, finish_columns};
 
 }  // namespace narrowcast

@@ -1,5 +1,5 @@
-// What every instruction set's file of this room shares: widening, summing and quantising rows of
-// x. Plain loops, compiled once per file with its flags. Internal linkage throughout.
+// What the instruction sets' files of this room share: the preparation of x and the packing of
+// rows. Plain loops, compiled once per file with its flags. Internal linkage throughout.
 #pragma once
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -10,6 +10,8 @@
 
 namespace narrowcast {
 namespace {
+
+constexpr int kMaxBlock = 128;
 
 inline void widen(const void* x, DType dtype, int64_t count, float* out) {
   if (dtype == DType::kFloat32) {
@@ -30,17 +32,6 @@ inline void widen(const void* x, DType dtype, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = from_float16(from[i]);
 }
 
-inline void sum_blocks(const float* x, int64_t block, int64_t blocks, float* xsum) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    float lane[16] = {};
-    for (int64_t i = 0; i < block; i += 16)
-      for (int j = 0; j < 16; ++j) lane[j] += x[b * block + i + j];
-    float sum = 0;
-    for (int j = 0; j < 16; ++j) sum += lane[j];
-    xsum[b] = sum;
-  }
-}
-
 // The largest finite magnitude of a block.
 inline float finite_absmax(const float* x, int64_t block) {
   uint32_t most = 0;
@@ -52,33 +43,69 @@ inline float finite_absmax(const float* x, int64_t block) {
   return float_from_bits(most);
 }
 
-inline void quantize_row(const GroupedLayout& l, const float* x, int8_t* xq, float* xs, float* xsum,
-                         int32_t* start) {
+inline const void* advance(const void* p, DType dtype, int64_t count) {
+  return static_cast<const uint8_t*>(p) + count * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+inline void prepare8(const GroupedLayout& l, const void* x, DType dtype, int r,
+                     const GroupedTile& t) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
-  for (int64_t b = 0; b < l.k / l.block; ++b, x += l.block, xq += l.block) {
-    const float most = finite_absmax(x, l.block), scale = most == 0.0f ? 1.0f : most / 127.0f;
+  for (int64_t b = 0; b < l.k / l.block; ++b) {
+    float v[kMaxBlock];
+    int32_t q[kMaxBlock];
+    int8_t codes[kMaxBlock];
+    widen(advance(x, dtype, b * l.block), dtype, l.block, v);
+    const float most = finite_absmax(v, l.block), scale = most == 0.0f ? 1.0f : most / 127.0f;
     int32_t sum = 0;
-    int32_t q[128];
     for (int64_t i = 0; i < l.block; ++i) {
-      float v = x[i] / scale;
-      v = v != v ? 0.0f : v;
-      v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
-      q[i] = static_cast<int32_t>(v + kRound - kRound);
+      float y = v[i] / scale;
+      y = y != y ? 0.0f : y;
+      y = y > 127.0f ? 127.0f : y < -127.0f ? -127.0f : y;
+      q[i] = static_cast<int32_t>(y + kRound - kRound);
       sum += q[i];
     }
     if (l.bits == 8) {
-      for (int64_t i = 0; i < l.block; ++i) xq[i] = static_cast<int8_t>(q[i]);
+      for (int64_t i = 0; i < l.block; ++i) codes[i] = static_cast<int8_t>(q[i]);
     } else {
       for (int64_t i = 0; i < l.block; i += 8)
         for (int j = 0; j < 4; ++j) {
-          xq[i + j] = static_cast<int8_t>(q[i + 2 * j]);
-          xq[i + 4 + j] = static_cast<int8_t>(q[i + 2 * j + 1]);
+          codes[i + j] = static_cast<int8_t>(q[i + 2 * j]);
+          codes[i + 4 + j] = static_cast<int8_t>(q[i + 2 * j + 1]);
         }
     }
-    xs[b] = scale;
-    xsum[b] = scale * static_cast<float>(sum);
-    start[b] = -(l.bits == 8 ? 128 : 8) * sum;
+    int8_t* to = t.xq + b * l.block * t.ld + 4 * r;
+    for (int64_t i = 0; i < l.block; i += 4) memcpy(to + i * t.ld, codes + i, 4);
+    const int64_t at = b * t.ld + r;
+    t.xs[at] = scale;
+    t.xsum[at] = scale * static_cast<float>(sum);
+    t.start[at] = -(l.bits == 8 ? 128 : 8) * sum;
   }
+}
+
+inline void prepare16(const GroupedLayout& l, const void* x, DType dtype, int r,
+                      const GroupedTile& t) {
+  for (int64_t b = 0; b < l.k / l.block; ++b) {
+    float v[kMaxBlock], lane[16] = {};
+    widen(advance(x, dtype, b * l.block), dtype, l.block, v);
+    for (int64_t i = 0; i < l.block; i += 16)
+      for (int j = 0; j < 16; ++j) lane[j] += v[i + j];
+    float sum = 0;
+    for (int j = 0; j < 16; ++j) sum += lane[j];
+    t.xsum[b * t.ld + r] = sum;
+    float* to = t.x + b * l.block * t.ld + r;
+    for (int64_t i = 0; i < l.block; ++i) to[i * t.ld] = v[i];
+  }
+}
+
+inline void pack_rows(const uint8_t* rows, int64_t row_bytes, int64_t dwords, uint32_t flip,
+                      uint8_t* out) {
+  for (int64_t d = 0; d < dwords; ++d)
+    for (int r = 0; r < kGroupedPanel; ++r, out += 4) {
+      uint32_t v;
+      memcpy(&v, rows + r * row_bytes + 4 * d, 4);
+      v ^= flip;
+      memcpy(out, &v, 4);
+    }
 }
 
 }  // namespace
