@@ -24,6 +24,11 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
   m.def("linear_int8_requantize(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, Tensor? bias, str activation, Tensor? residual, float out_scale, int out_zero_point=0, ScalarType out_dtype=int8, Tensor? x_zero_point=None, *, int group_size=0, str post_activation=\"none\") -> Tensor");
   m.def("linear_dynamic_int8(Tensor x, Tensor w_q, Tensor w_scale, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, ScalarType? out_dtype=None, *, int group_size=0, bool asymmetric=False, str post_activation=\"none\", bool strict=False) -> Tensor");
   m.def("linear_dynamic_int8.out(Tensor x, Tensor w_q, Tensor w_scale, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, *, int group_size=0, bool asymmetric=False, str post_activation=\"none\", bool strict=False, Tensor(a!) out) -> ()");
+  // Weights packed once for this CPU: what nc.nn.LinearInt8 and nc.nn.Linear call.
+  m.def("_linear_pack(Tensor weight) -> Tensor");
+  m.def("_linear_packed(Tensor x, Tensor packed, int out_features, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, ScalarType? out_dtype=None, *, str post_activation=\"none\") -> Tensor");
+  m.def("_linear_int8_pack(Tensor w_q) -> Tensor");
+  m.def("_linear_dynamic_int8_packed(Tensor x, Tensor packed, int out_features, Tensor w_scale, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, ScalarType? out_dtype=None, *, int group_size=0, bool asymmetric=False, str post_activation=\"none\", bool strict=False) -> Tensor");
   m.def("linear_grouped(Tensor x, Tensor packed, Tensor scale, Tensor? offset, int group_size, int bits, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, ScalarType? out_dtype=None, *, int activation_bits=16, str post_activation=\"none\") -> Tensor");
   m.def("linear_grouped.out(Tensor x, Tensor packed, Tensor scale, Tensor? offset, int group_size, int bits, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, *, int activation_bits=16, str post_activation=\"none\", Tensor(a!) out) -> ()");
 

@@ -1,4 +1,5 @@
 // Where tensors stop: argument checks, the torch ops, the executor's step.
+#include "common/packed_header.h"
 #include "common/rows.h"
 #include "common/scratch.h"
 #include "common/stable.h"
@@ -80,11 +81,11 @@ struct Call {
     kept.push_back(torch::stable::contiguous(t));
     return view(kept.back(), kOp, argument);
   }
-  Call(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+  Call(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& bias,
        const std::string& activation, const std::optional<Tensor>& residual,
        const std::string& post_activation) {
     o.x = readable(x, "x", false);
-    o.w = readable(w, "weight", false);
+    if (w) o.w = readable(*w, "weight", false);
     if (bias) o.bias = readable(*bias, "bias", true);
     if (residual) o.residual = readable(*residual, "residual", false);
     o.activation = activation, o.post_activation = post_activation;
@@ -117,6 +118,47 @@ void linear_out(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b
   Call c(x, w, bias, activation, residual, post_activation);
   c.o.out = view(out, kOp, "out");
   run(linear_args(c.o));
+}
+
+Tensor linear_pack(const Tensor& weight) {
+  constexpr const char* op = "_linear_pack";
+  view(weight, op, "weight");
+  const Tensor contiguous = as_contiguous(weight);
+  const TensorView w = view(contiguous, op, "weight");
+  NC_CHECK(is_floating(w.dtype) && w.rank == 2, op, "weight must be float32, float16 or bfloat16 [N, K], got ",
+           name(w.dtype), " ", shape(w));
+  const LinearFormat& format = linear_format(linear_kernel(), w.dtype);
+  const int64_t columns = w.sizes[0], depth = w.sizes[1];
+  const PackedHeader header = packed_header(format.layout, columns, depth);
+  const int64_t bytes = linear_packed_bytes(format, columns, depth);
+  Tensor packed = empty({static_cast<int64_t>(sizeof header) + bytes}, DType::kUInt8);
+  uint8_t* p = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  std::memcpy(p, &header, sizeof header);
+  linear_pack(format, w.data, w.dtype, depth, columns, depth, p + sizeof header);
+  return packed;
+}
+
+Tensor linear_packed(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias,
+                     std::string activation, const std::optional<Tensor>& residual,
+                     std::optional<ScalarType> out_dtype, std::string post_activation) {
+  Call c(x, {}, bias, activation, residual, post_activation);
+  NC_CHECK(out_features >= 0, kOp, "out_features must not be negative, got ", out_features);
+  c.o.w.rank = 2, c.o.w.dtype = c.o.x.dtype;
+  c.o.w.sizes[0] = out_features, c.o.w.sizes[1] = c.o.x.rank >= 1 ? size(c.o.x, -1) : 0;
+  c.o.out.dtype = out_dtype ? dtype_of(*out_dtype) : c.o.x.dtype;
+  LinearArgs a = linear_args(c.o);
+  a.kernel = &linear_kernel();
+  const LinearFormat& format = linear_format(*a.kernel, a.dtype);
+  NC_CHECK(out_features <= packed.numel() && a.depth <= packed.numel(), kOp, "packed must be weights [", out_features,
+           ", ", a.depth, "], got ", packed.numel(), " bytes");
+  a.packed = packed_panels(kOp, view(packed, kOp, "packed"), format.layout, out_features, a.depth,
+                           linear_packed_bytes(format, out_features, a.depth));
+  std::vector<int64_t> sizes(c.o.x.sizes, c.o.x.sizes + c.o.x.rank);
+  sizes.back() = a.columns;
+  Tensor out = empty(sizes, a.epilogue.out_dtype);
+  a.epilogue.out = out.mutable_data_ptr();
+  run(a);
+  return out;
 }
 
 const RegisterStep linear_step("linear", [](const StepSpec& s, PackCache& cache) -> Step {
@@ -158,5 +200,7 @@ const RegisterStep linear_step("linear", [](const StepSpec& s, PackCache& cache)
 
 STABLE_TORCH_LIBRARY_IMPL(narrowcast, CPU, m) {
   m.impl("linear", TORCH_BOX(&narrowcast::linear));
+  m.impl("_linear_pack", TORCH_BOX(&narrowcast::linear_pack));
+  m.impl("_linear_packed", TORCH_BOX(&narrowcast::linear_packed));
   m.impl("linear.out", TORCH_BOX(&narrowcast::linear_out));
 }

@@ -1,6 +1,7 @@
 // Where tensors stop: argument checks, the torch ops, the executor's steps.
 #include <cmath>
 
+#include "common/packed_header.h"
 #include "common/rows.h"
 #include "common/scratch.h"
 #include "common/stable.h"
@@ -168,12 +169,12 @@ struct Call {
     kept.push_back(torch::stable::contiguous(*t));
     return view(kept.back(), op, argument);
   }
-  Call(const char* op, const char* x_name, const Tensor& x, const Tensor& w, const Tensor& w_scale,
+  Call(const char* op, const char* x_name, const Tensor& x, const std::optional<Tensor>& w, const Tensor& w_scale,
        const std::optional<Tensor>& bias, const std::string& activation,
        const std::optional<Tensor>& residual, int64_t group_size,
        const std::string& post_activation) {
     o.x = matrix(x, op, x_name);
-    o.w = matrix(w, op, "w_q");
+    if (w) o.w = matrix(*w, op, "w_q");
     o.w_scale = packed(w_scale, op, "w_scale");
     o.bias = packed(bias, op, "bias");
     if (residual) o.residual = matrix(*residual, op, "residual");
@@ -273,6 +274,48 @@ void linear_dynamic_int8_out(const Tensor& x, const Tensor& w, const Tensor& w_s
   run(dynamic_args(c.o, asymmetric, strict));
 }
 
+Tensor pack(const Tensor& w_in) {
+  constexpr const char* op = "_linear_int8_pack";
+  view(w_in, op, "w_q");
+  const Tensor contiguous = as_contiguous(w_in);
+  const TensorView w = view(contiguous, op, "w_q");
+  NC_CHECK(w.dtype == DType::kInt8 && w.rank == 2, op, "w_q must be int8 [N, K], got ", name(w.dtype), " ", shape(w));
+  const LinearInt8Kernel& kernel = linear_int8_kernel();
+  const int64_t columns = w.sizes[0], depth = w.sizes[1];
+  const PackedHeader header = packed_header(kernel.layout, columns, depth);
+  const int64_t bytes = linear_int8_packed_bytes(kernel, columns, depth);
+  Tensor packed = empty({static_cast<int64_t>(sizeof header) + bytes}, DType::kUInt8);
+  uint8_t* p = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  std::memcpy(p, &header, sizeof header);
+  std::memset(p + sizeof header, 0, bytes);
+  linear_int8_pack(kernel, static_cast<const int8_t*>(w.data), depth, columns, depth, p + sizeof header);
+  return packed;
+}
+
+Tensor linear_dynamic_int8_packed(const Tensor& x, const Tensor& packed, int64_t out_features, const Tensor& w_scale,
+                                  const MaybeTensor& bias, std::string activation, const MaybeTensor& residual,
+                                  std::optional<ScalarType> out_dtype, int64_t group_size, bool asymmetric,
+                                  std::string post_activation, bool strict) {
+  constexpr const char* op = "linear_dynamic_int8";
+  Call c(op, "x", x, {}, w_scale, bias, activation, residual, group_size, post_activation);
+  NC_CHECK(out_features >= 0, op, "out_features must not be negative, got ", out_features);
+  c.o.w.rank = 2, c.o.w.dtype = DType::kInt8;
+  c.o.w.sizes[0] = out_features, c.o.w.sizes[1] = c.o.x.rank >= 1 ? size(c.o.x, -1) : 0;
+  c.o.out.dtype = out_dtype ? dtype_of(*out_dtype) : c.o.x.dtype;
+  LinearDynamicInt8Args d = dynamic_args(c.o, asymmetric, strict);
+  check_out_floating(op, d.linear.epilogue.out_dtype);
+  d.linear.kernel = &linear_int8_kernel();
+  const int64_t depth = d.linear.depth;
+  NC_CHECK(out_features <= packed.numel() && depth <= packed.numel(), op, "packed must be weights [", out_features, ", ",
+           depth, "], got ", packed.numel(), " bytes");
+  d.linear.packed = packed_panels(op, view(packed, op, "packed"), d.linear.kernel->layout, out_features, depth,
+                                  linear_int8_packed_bytes(*d.linear.kernel, out_features, depth));
+  Tensor out = empty(c.out_sizes(), d.linear.epilogue.out_dtype);
+  d.linear.epilogue.out = out.mutable_data_ptr();
+  run(d);
+  return out;
+}
+
 // Steps. Operands must lie as the kernels read them; constant weights are packed once per plan.
 
 void check_step_operands(const char* op, const Operands& o) {
@@ -365,5 +408,7 @@ STABLE_TORCH_LIBRARY_IMPL(narrowcast, CPU, m) {
   m.impl("linear_int8.out", TORCH_BOX(&narrowcast::linear_int8_out));
   m.impl("linear_int8_requantize", TORCH_BOX(&narrowcast::linear_int8_requantize));
   m.impl("linear_dynamic_int8", TORCH_BOX(&narrowcast::linear_dynamic_int8));
+  m.impl("_linear_int8_pack", TORCH_BOX(&narrowcast::pack));
+  m.impl("_linear_dynamic_int8_packed", TORCH_BOX(&narrowcast::linear_dynamic_int8_packed));
   m.impl("linear_dynamic_int8.out", TORCH_BOX(&narrowcast::linear_dynamic_int8_out));
 }

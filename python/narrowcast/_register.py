@@ -113,6 +113,19 @@ def _(
     return x.new_empty((*x.shape[:-1], w_q.shape[0]), dtype=out_dtype or x.dtype)
 
 
+@_fake("narrowcast::_linear_pack")
+@_fake("narrowcast::_linear_int8_pack")
+def _(weight):
+    size = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty((size,), dtype=torch.uint8)
+
+
+@_fake("narrowcast::_linear_packed")
+@_fake("narrowcast::_linear_dynamic_int8_packed")
+def _(x, packed, out_features, *rest, out_dtype=None, **options):
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
+
+
 @_fake("narrowcast::linear_grouped")
 def _(
     x, packed, scale, offset, group_size, bits, bias=None, activation="none", residual=None,
