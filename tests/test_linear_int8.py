@@ -118,8 +118,16 @@ def test_dynamic_is_quantise_then_linear(variant, dtype, group_size, asymmetric)
         x = x + 1
     with forced("linear_int8", variant):
         out = ops.linear_dynamic_int8(x, w_q, w_scale, group_size=group_size, asymmetric=asymmetric)
+    if asymmetric:
+        x_q, x_scale, zero = ops.quantize_int8_asymmetric(x)
+    else:
+        (x_q, x_scale), zero = ops.quantize_int8(x, group_size), None
+    with forced("linear_int8", variant):
+        two_steps = ops.linear_int8(
+            x_q, x_scale, w_q, w_scale, out_dtype=dtype, x_zero_point=zero, group_size=group_size
+        )
+    assert torch.equal(out, two_steps)
     exact = x.double() @ (w_q.double() * w_scale.double()[:, None]).T
-    assert out.dtype == dtype
     assert_close(out, exact, 0.03)
 
 

@@ -1,7 +1,8 @@
 // The epilogue shared by every GEMM of the library, applied to acc * scales in float32:
 //
 //   y = post_activation(activation(v + bias[n]) + residual[m, n]), stored as float32, float16 or
-//   bfloat16, or requantised: saturate(round_half_even(y / out_scale) + out_zero_point) to int8
+//   bfloat16, or requantised: saturate(round_half_even(y * (1 / out_scale)) + out_zero_point) to
+//   int8
 //   (-127..127) or uint8 (0..255); NaN becomes out_zero_point.
 //
 // Vector forms: epilogue_avx512.h, epilogue_avx2.h; scalar form: finish() here. Products and sums
@@ -50,7 +51,7 @@ static inline void finish(const Epilogue& e, float v, int64_t m, int64_t n) {
     return store_float(e.out, at, e.out_dtype, v);
   const float low = e.out_dtype == DType::kInt8 ? -127.0f : 0.0f,
               high = low + (low < 0 ? 254.0f : 255.0f);
-  v = v / e.out_scale;
+  v = v * (1.0f / e.out_scale);
   v = v != v ? 0.0f : v;
   v = v < -1024.0f ? -1024.0f : v > 1024.0f ? 1024.0f : v;
   v = __builtin_rintf(v) + static_cast<float>(e.out_zero_point);

@@ -17,7 +17,7 @@ static inline void finish16(const Epilogue& e, __m512 v, int64_t m, int64_t n, _
   if (e.out_dtype != DType::kInt8 && e.out_dtype != DType::kUInt8)
     return store16(e.out, at, e.out_dtype, mask, v);
   const bool is_signed = e.out_dtype == DType::kInt8;
-  v = _mm512_div_ps(v, _mm512_set1_ps(e.out_scale));
+  v = _mm512_mul_ps(v, _mm512_set1_ps(1.0f / e.out_scale));
   v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
   v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-1024.0f)), _mm512_set1_ps(1024.0f));
   __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(e.out_zero_point));

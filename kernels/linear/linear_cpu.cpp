@@ -125,8 +125,9 @@ Tensor linear_pack(const Tensor& weight) {
   view(weight, op, "weight");
   const Tensor contiguous = as_contiguous(weight);
   const TensorView w = view(contiguous, op, "weight");
-  NC_CHECK(is_floating(w.dtype) && w.rank == 2, op, "weight must be float32, float16 or bfloat16 [N, K], got ",
-           name(w.dtype), " ", shape(w));
+  NC_CHECK(is_floating(w.dtype) && w.rank == 2, op,
+           "weight must be float32, float16 or bfloat16 [N, K], got ", name(w.dtype), " ",
+           shape(w));
   const LinearFormat& format = linear_format(linear_kernel(), w.dtype);
   const int64_t columns = w.sizes[0], depth = w.sizes[1];
   const PackedHeader header = packed_header(format.layout, columns, depth);
@@ -138,9 +139,10 @@ Tensor linear_pack(const Tensor& weight) {
   return packed;
 }
 
-Tensor linear_packed(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias,
-                     std::string activation, const std::optional<Tensor>& residual,
-                     std::optional<ScalarType> out_dtype, std::string post_activation) {
+Tensor linear_packed(const Tensor& x, const Tensor& packed, int64_t out_features,
+                     const std::optional<Tensor>& bias, std::string activation,
+                     const std::optional<Tensor>& residual, std::optional<ScalarType> out_dtype,
+                     std::string post_activation) {
   Call c(x, {}, bias, activation, residual, post_activation);
   NC_CHECK(out_features >= 0, kOp, "out_features must not be negative, got ", out_features);
   c.o.w.rank = 2, c.o.w.dtype = c.o.x.dtype;
@@ -149,8 +151,9 @@ Tensor linear_packed(const Tensor& x, const Tensor& packed, int64_t out_features
   LinearArgs a = linear_args(c.o);
   a.kernel = &linear_kernel();
   const LinearFormat& format = linear_format(*a.kernel, a.dtype);
-  NC_CHECK(out_features <= packed.numel() && a.depth <= packed.numel(), kOp, "packed must be weights [", out_features,
-           ", ", a.depth, "], got ", packed.numel(), " bytes");
+  NC_CHECK(out_features <= packed.numel() && a.depth <= packed.numel(), kOp,
+           "packed must be weights [", out_features, ", ", a.depth, "], got ", packed.numel(),
+           " bytes");
   a.packed = packed_panels(kOp, view(packed, kOp, "packed"), format.layout, out_features, a.depth,
                            linear_packed_bytes(format, out_features, a.depth));
   std::vector<int64_t> sizes(c.o.x.sizes, c.o.x.sizes + c.o.x.rank);

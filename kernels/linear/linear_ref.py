@@ -6,8 +6,6 @@ from narrowcast.kernels.linear_int8.linear_int8_ref import epilogue
 from torch import Tensor
 
 
-def linear(
-    x, weight, bias=None, activation="none", residual=None, post_activation="none"
-) -> Tensor:
+def linear(x, weight, bias=None, activation="none", residual=None, post_activation="none") -> Tensor:
     y = x.double() @ weight.double().T
     return epilogue(y, bias, activation, residual, post_activation)

@@ -169,8 +169,8 @@ struct Call {
     kept.push_back(torch::stable::contiguous(*t));
     return view(kept.back(), op, argument);
   }
-  Call(const char* op, const char* x_name, const Tensor& x, const std::optional<Tensor>& w, const Tensor& w_scale,
-       const std::optional<Tensor>& bias, const std::string& activation,
+  Call(const char* op, const char* x_name, const Tensor& x, const std::optional<Tensor>& w,
+       const Tensor& w_scale, const std::optional<Tensor>& bias, const std::string& activation,
        const std::optional<Tensor>& residual, int64_t group_size,
        const std::string& post_activation) {
     o.x = matrix(x, op, x_name);
@@ -279,7 +279,8 @@ Tensor pack(const Tensor& w_in) {
   view(w_in, op, "w_q");
   const Tensor contiguous = as_contiguous(w_in);
   const TensorView w = view(contiguous, op, "w_q");
-  NC_CHECK(w.dtype == DType::kInt8 && w.rank == 2, op, "w_q must be int8 [N, K], got ", name(w.dtype), " ", shape(w));
+  NC_CHECK(w.dtype == DType::kInt8 && w.rank == 2, op, "w_q must be int8 [N, K], got ",
+           name(w.dtype), " ", shape(w));
   const LinearInt8Kernel& kernel = linear_int8_kernel();
   const int64_t columns = w.sizes[0], depth = w.sizes[1];
   const PackedHeader header = packed_header(kernel.layout, columns, depth);
@@ -288,14 +289,16 @@ Tensor pack(const Tensor& w_in) {
   uint8_t* p = static_cast<uint8_t*>(packed.mutable_data_ptr());
   std::memcpy(p, &header, sizeof header);
   std::memset(p + sizeof header, 0, bytes);
-  linear_int8_pack(kernel, static_cast<const int8_t*>(w.data), depth, columns, depth, p + sizeof header);
+  linear_int8_pack(kernel, static_cast<const int8_t*>(w.data), depth, columns, depth,
+                   p + sizeof header);
   return packed;
 }
 
-Tensor linear_dynamic_int8_packed(const Tensor& x, const Tensor& packed, int64_t out_features, const Tensor& w_scale,
-                                  const MaybeTensor& bias, std::string activation, const MaybeTensor& residual,
-                                  std::optional<ScalarType> out_dtype, int64_t group_size, bool asymmetric,
-                                  std::string post_activation, bool strict) {
+Tensor linear_dynamic_int8_packed(const Tensor& x, const Tensor& packed, int64_t out_features,
+                                  const Tensor& w_scale, const MaybeTensor& bias,
+                                  std::string activation, const MaybeTensor& residual,
+                                  std::optional<ScalarType> out_dtype, int64_t group_size,
+                                  bool asymmetric, std::string post_activation, bool strict) {
   constexpr const char* op = "linear_dynamic_int8";
   Call c(op, "x", x, {}, w_scale, bias, activation, residual, group_size, post_activation);
   NC_CHECK(out_features >= 0, op, "out_features must not be negative, got ", out_features);
@@ -306,10 +309,12 @@ Tensor linear_dynamic_int8_packed(const Tensor& x, const Tensor& packed, int64_t
   check_out_floating(op, d.linear.epilogue.out_dtype);
   d.linear.kernel = &linear_int8_kernel();
   const int64_t depth = d.linear.depth;
-  NC_CHECK(out_features <= packed.numel() && depth <= packed.numel(), op, "packed must be weights [", out_features, ", ",
-           depth, "], got ", packed.numel(), " bytes");
-  d.linear.packed = packed_panels(op, view(packed, op, "packed"), d.linear.kernel->layout, out_features, depth,
-                                  linear_int8_packed_bytes(*d.linear.kernel, out_features, depth));
+  NC_CHECK(out_features <= packed.numel() && depth <= packed.numel(), op,
+           "packed must be weights [", out_features, ", ", depth, "], got ", packed.numel(),
+           " bytes");
+  d.linear.packed =
+      packed_panels(op, view(packed, op, "packed"), d.linear.kernel->layout, out_features, depth,
+                    linear_int8_packed_bytes(*d.linear.kernel, out_features, depth));
   Tensor out = empty(c.out_sizes(), d.linear.epilogue.out_dtype);
   d.linear.epilogue.out = out.mutable_data_ptr();
   run(d);

@@ -52,5 +52,6 @@ def linear_int8(
 
 def requantise(y: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
     low, high = (-127, 127) if dtype == torch.int8 else (0, 255)
-    q = torch.nan_to_num(y / torch.tensor(scale, dtype=torch.float32).to(y.dtype), nan=0.0)
+    inverse = 1 / torch.tensor(scale, dtype=torch.float32)
+    q = torch.nan_to_num(y.float() * inverse, nan=0.0)
     return (q.round() + zero_point).clamp(low, high).to(dtype)

@@ -1,13 +1,14 @@
 // Selection, scratch and the parallel loops: raw pointers in, no torch.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 
 #include "common/registry.h"
 #include "common/scratch.h"
+#include "common/tensor.h"
 #include "common/tiles.h"
 #include "linear_int8/linear_int8.h"
+#include "quantize/quantize.h"
 
 namespace narrowcast {
 namespace {
@@ -131,44 +132,6 @@ void linear_int8_run(LinearInt8Args a) {
   multiply(a);
 }
 
-namespace {
-
-// One row, symmetric or asymmetric; columns [depth, padded) of q become 0. Returns whether all was
-// finite.
-bool quantise_row(const LinearDynamicInt8Args& d, int64_t m, int8_t* q, int64_t padded,
-                  float* scale, int32_t* zero) {
-  const LinearInt8Args& a = d.linear;
-  const int64_t group = a.group ? a.group : std::max<int64_t>(a.depth, 1);
-  bool finite = true;
-  for (int64_t k0 = 0, g = 0; g == 0 || k0 < a.depth; k0 += group, ++g) {
-    const int64_t k1 = std::min(a.depth, k0 + group);
-    float low = 0.0f, high = 0.0f;
-    for (int64_t k = k0; k < k1; ++k) {
-      const float v = load_float(d.x, m * d.ldx + k, d.x_dtype);
-      if (!std::isfinite(v)) {
-        finite = false;
-        continue;
-      }
-      low = std::min(low, v), high = std::max(high, v);
-    }
-    float s = d.asymmetric ? (high - low) / 255.0f : std::max(-low, high) / 127.0f;
-    if (!(s > 0.0f)) s = 1.0f;
-    const int32_t z = d.asymmetric ? static_cast<int32_t>(std::nearbyint(-128.0f - low / s)) : 0;
-    scale[g] = s;
-    if (zero) *zero = z;
-    for (int64_t k = k0; k < k1; ++k) {
-      float v = load_float(d.x, m * d.ldx + k, d.x_dtype) / s;
-      v = v != v ? 0.0f : std::min(std::max(v, -1024.0f), 1024.0f);
-      v = std::nearbyint(v) + static_cast<float>(z);
-      q[k] = static_cast<int8_t>(std::min(std::max(v, d.asymmetric ? -128.0f : -127.0f), 127.0f));
-    }
-  }
-  std::memset(q + a.depth, 0, padded - a.depth);
-  return finite;
-}
-
-}  // namespace
-
 int64_t linear_dynamic_int8_scratch(int64_t rows, int64_t depth, int64_t group) {
   const int64_t pieces = std::max<int64_t>(1, count_pieces(depth, group));
   return linear_int8_scratch(rows, depth, group) + rows * (pieces + 1) * 4 + 64;
@@ -188,16 +151,25 @@ void linear_dynamic_int8_run(LinearDynamicInt8Args d) {
   a.x_scale = scale, a.x_scale_stride = scales, a.x_zero_point = zero;
   int32_t* start = a.kernel->row_starts && a.pieces ? scratch.start : nullptr;
   a.start = start;
+  const QuantizeRowFn quantise = quantize_kernel().row;
+  const int64_t group = a.group ? a.group : a.depth, x_bytes = element_size(d.x_dtype);
   std::atomic<bool> finite{true};
   parallel_for(0, a.rows, std::max<int64_t>(1, kWorthAThread / 64 / std::max<int64_t>(a.depth, 1)),
                [&](int64_t m0, int64_t m1) {
-                 for (int64_t m = m0; m < m1; ++m)
-                   if (!quantise_row(d, m, scratch.x + m * a.ldx, a.ldx, scale + m * scales,
-                                     zero ? zero + m : nullptr))
-                     finite.store(false, std::memory_order_relaxed);
-                 if (start)
-                   a.kernel->row_starts(a.x + m0 * a.ldx, a.ldx, m1 - m0, a.depth, a.piece,
-                                        start + m0 * a.pieces);
+                 QuantizeFindings found;
+                 for (int64_t m = m0; m < m1; ++m) {
+                   const char* x = static_cast<const char*>(d.x) + m * d.ldx * x_bytes;
+                   int8_t* q = scratch.x + m * a.ldx;
+                   for (int64_t g = 0; g < scales; ++g)
+                     quantise(x + g * group * x_bytes, d.x_dtype, group, d.asymmetric,
+                              q + g * group, scale + m * scales + g, zero ? zero + m : nullptr,
+                              &found);
+                   std::memset(q + a.depth, 0, a.ldx - a.depth);
+                   if (start)
+                     a.kernel->row_starts(q, a.ldx, 1, a.depth, a.piece, start + m * a.pieces);
+                 }
+                 count_nan(found.nan);
+                 if (!found.finite) finite.store(false, std::memory_order_relaxed);
                });
   NC_CHECK(!d.strict || finite, "linear_dynamic_int8",
            "x must be finite (strict), got NaN or infinity");
