@@ -7,12 +7,23 @@
 
 namespace narrowcast {
 
+// Out of line: the code of every activation twice in each loop would push the rest out of reach.
+[[gnu::noinline]] static __m512 activate16_far(Activation activation, __m512 v) {
+  return activate16(activation, v);
+}
+
+static inline __m512 activate16_or_skip(Activation activation, __m512 v) {
+  if (activation == Activation::kNone) [[likely]]
+    return v;
+  return activate16_far(activation, v);
+}
+
 static inline void finish16(const Epilogue& e, __m512 v, int64_t m, int64_t n, __mmask16 mask) {
   if (e.bias) v = _mm512_add_ps(v, load16(e.bias, n, e.bias_dtype, mask));
-  v = activate16(e.activation, v);
+  v = activate16_or_skip(e.activation, v);
   if (e.residual)
     v = _mm512_add_ps(v, load16(e.residual, m * e.ld_residual + n, e.residual_dtype, mask));
-  v = activate16(e.post_activation, v);
+  v = activate16_or_skip(e.post_activation, v);
   const int64_t at = m * e.ld_out + n;
   if (e.out_dtype != DType::kInt8 && e.out_dtype != DType::kUInt8)
     return store16(e.out, at, e.out_dtype, mask, v);

@@ -120,7 +120,7 @@ void linear_out(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b
   run(linear_args(c.o));
 }
 
-Tensor linear_pack(const Tensor& weight) {
+Tensor pack_weight(const Tensor& weight) {
   constexpr const char* op = "_linear_pack";
   view(weight, op, "weight");
   const Tensor contiguous = as_contiguous(weight);
@@ -139,10 +139,10 @@ Tensor linear_pack(const Tensor& weight) {
   return packed;
 }
 
-Tensor linear_packed(const Tensor& x, const Tensor& packed, int64_t out_features,
-                     const std::optional<Tensor>& bias, std::string activation,
-                     const std::optional<Tensor>& residual, std::optional<ScalarType> out_dtype,
-                     std::string post_activation) {
+Tensor linear_of_packed(const Tensor& x, const Tensor& packed, int64_t out_features,
+                        const std::optional<Tensor>& bias, std::string activation,
+                        const std::optional<Tensor>& residual, std::optional<ScalarType> out_dtype,
+                        std::string post_activation) {
   Call c(x, {}, bias, activation, residual, post_activation);
   NC_CHECK(out_features >= 0, kOp, "out_features must not be negative, got ", out_features);
   c.o.w.rank = 2, c.o.w.dtype = c.o.x.dtype;
@@ -203,7 +203,7 @@ const RegisterStep linear_step("linear", [](const StepSpec& s, PackCache& cache)
 
 STABLE_TORCH_LIBRARY_IMPL(narrowcast, CPU, m) {
   m.impl("linear", TORCH_BOX(&narrowcast::linear));
-  m.impl("_linear_pack", TORCH_BOX(&narrowcast::linear_pack));
-  m.impl("_linear_packed", TORCH_BOX(&narrowcast::linear_packed));
+  m.impl("_linear_pack", TORCH_BOX(&narrowcast::pack_weight));
+  m.impl("_linear_packed", TORCH_BOX(&narrowcast::linear_of_packed));
   m.impl("linear.out", TORCH_BOX(&narrowcast::linear_out));
 }

@@ -81,6 +81,10 @@ template <int R, int V>
 [[gnu::noinline]] void finish_tile(const LinearInt8Args& a, const __m512i* tile, bool sums,
                                    int64_t m0, int rows, int64_t n0, int columns,
                                    const int32_t* w_sum) {
+  const Epilogue e = a.epilogue;  // a copy that no store can be thought to change
+  const bool has_zero_point = a.x_zero_point, grouped = a.group != 0;
+  const float* x_scale = a.x_scale + m0 * a.x_scale_stride;
+  const int64_t x_scale_stride = a.x_scale_stride;
   for (int v = 0; v * 16 < columns; ++v) {
     const int left = columns - v * 16;
     const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
@@ -93,18 +97,18 @@ template <int R, int V>
       __m512i acc = tile[r * 4 + v];
       __m512 y;
       if (!sums) {
-        if (a.x_zero_point)
+        if (has_zero_point)
           acc = _mm512_sub_epi32(acc,
                                  _mm512_mullo_epi32(_mm512_set1_epi32(a.x_zero_point[m]), w_total));
         y = _mm512_cvtepi32_ps(acc);
       } else {
         y = _mm512_castsi512_ps(acc);
-        if (a.x_zero_point)
+        if (has_zero_point)
           y = _mm512_sub_ps(y, _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(a.x_zero_point[m])),
                                              _mm512_cvtepi32_ps(w_total)));
       }
-      if (!a.group) y = _mm512_mul_ps(y, _mm512_set1_ps(a.x_scale[m * a.x_scale_stride]));
-      finish16(a.epilogue, _mm512_mul_ps(y, w_scale), m, n, mask);
+      if (!grouped) y = _mm512_mul_ps(y, _mm512_set1_ps(x_scale[r * x_scale_stride]));
+      finish16(e, _mm512_mul_ps(y, w_scale), m, n, mask);
     }
   }
 }
@@ -193,46 +197,66 @@ void block(const LinearInt8Args& a, const uint8_t* panel, int64_t m0, int64_t m1
   }
 }
 
-// Row-major weights: 16 dot products along K at once, then one transposition adds up their lanes.
-void direct(const LinearInt8Args& a, int64_t n0, int64_t n1) {
+// Row-major weights: 16 dot products along K at once, of R rows of x and 16 / R of w; one
+// transposition adds up their lanes.
+template <int R>
+void direct_rows(const LinearInt8Args& a, int64_t n0, int64_t n1) {
+  constexpr int W = 16 / R;
   const __m512i flip = _mm512_set1_epi8(-128);
+  const int8_t* x[R];
+  for (int r = 0; r < R; ++r) x[r] = a.x + (r < a.rows ? r : 0) * a.ldx;
   for (int64_t n = n0; n < n1; n += 16) {
     const int columns = n1 - n < 16 ? static_cast<int>(n1 - n) : 16;
-    for (int64_t m = 0; m < a.rows; ++m) {
-      const int8_t* w[16];
-      for (int i = 0; i < 16; ++i) w[i] = a.w + (n + (i < columns ? i : 0)) * a.ldw;
-      const int8_t* x = a.x + m * a.ldx;
+    alignas(64) int32_t tile[R][16];
+    for (int first = 0; first < columns; first += W) {
+      const int8_t* w[W];
+      for (int i = 0; i < W; ++i) w[i] = a.w + (n + (first + i < columns ? first + i : 0)) * a.ldw;
       __m512i acc[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
+      const auto step = [&](int64_t k, __mmask64 mask) __attribute__((always_inline)) {
+        __m512i activations[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) activations[r] = _mm512_maskz_loadu_epi8(mask, x[r] + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          const __m512i weights = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[i] + k), flip);
+          // The rows that come next: so few streams at once would leave the memory waiting.
+          if constexpr (R > 1) _mm_prefetch(w[i] + W * a.ldw + k, _MM_HINT_T0);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r)
+            acc[r * W + i] = _mm512_dpbusd_epi32(acc[r * W + i], weights, activations[r]);
+        }
+      };
       int64_t k = 0;
-      for (; k + 64 <= a.depth; k += 64) {
-        const __m512i activations = _mm512_loadu_si512(x + k);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          acc[i] = _mm512_dpbusd_epi32(acc[i], _mm512_xor_si512(_mm512_loadu_si512(w[i] + k), flip),
-                                       activations);
-      }
-      if (k < a.depth) {
-        const __mmask64 mask = (1ull << (a.depth - k)) - 1;
-        const __m512i activations = _mm512_maskz_loadu_epi8(mask, x + k);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          acc[i] = _mm512_dpbusd_epi32(
-              acc[i], _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[i] + k), flip), activations);
-      }
+      for (; k + 64 <= a.depth; k += 64) step(k, ~0ull);
+      if (k < a.depth) step(k, (1ull << (a.depth - k)) - 1);
       transpose16(acc);
-      __m512i total = _mm512_set1_epi32(a.start[m]);
+      __m512i total = acc[0];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) total = _mm512_add_epi32(total, acc[i]);
-      const __mmask16 mask = static_cast<__mmask16>((1u << columns) - 1);
-      const __m512 w_scale = a.w_scale_stride ? _mm512_maskz_loadu_ps(mask, a.w_scale + n)
-                                              : _mm512_set1_ps(*a.w_scale);
+      for (int i = 1; i < 16; ++i) total = _mm512_add_epi32(total, acc[i]);
+      alignas(64) int32_t lanes[16];
+      _mm512_store_si512(lanes, total);
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < W; ++i) tile[r][first + i] = lanes[r * W + i];
+    }
+    const __mmask16 mask = mask16(columns);
+    const __m512 w_scale =
+        a.w_scale_stride ? _mm512_maskz_loadu_ps(mask, a.w_scale + n) : _mm512_set1_ps(*a.w_scale);
+    for (int64_t m = 0; m < a.rows; ++m) {
+      const __m512i acc =
+          _mm512_add_epi32(_mm512_load_si512(tile[m]), _mm512_set1_epi32(a.start[m]));
       const __m512 y =
-          _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(a.x_scale[m * a.x_scale_stride]));
+          _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(a.x_scale[m * a.x_scale_stride]));
       finish16(a.epilogue, _mm512_mul_ps(y, w_scale), m, n, mask);
     }
   }
+}
+
+void direct(const LinearInt8Args& a, int64_t n0, int64_t n1) {
+  return a.rows == 1   ? direct_rows<1>(a, n0, n1)
+         : a.rows == 2 ? direct_rows<2>(a, n0, n1)
+                       : direct_rows<4>(a, n0, n1);
 }
 
 }  // namespace
