@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import ArgumentError, UnsupportedError
+from ..graph.ir import Graph
 from . import explain as _explain
+from .generation import Decoder
 from .program import Program, Shared
+from .sampling import Sampling
 from .threads import default_threads, threads
 
 
@@ -53,11 +58,12 @@ class Executor:
         self.kind: str = getattr(source, "kind", "generic")
         self.config: dict = getattr(source, "config", None) or {}
         self.assets: dict[str, bytes] = getattr(source, "assets", None) or {}
-        self._shared = Shared(_module(source), self.device)
+        self._shared = Shared(*_contents(source), self.device)
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.RLock()
-        self._placeholders = [n.name for n in self._shared.module.graph.nodes if n.op == "placeholder"]
-        self._expected = [_expected(n) for n in self._shared.module.graph.nodes if n.op == "placeholder"]
+        self._inputs = [n for n in self._shared.nodes.nodes if n.op == "placeholder"]
+        self._placeholders = [n.name for n in self._inputs]
+        self._expected = [_expected(n) for n in self._inputs]
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Runs the graph. Raises ArgumentError for a wrong number, rank or dtype of inputs."""
@@ -113,6 +119,85 @@ class Executor:
             prepared.append(tensor.detach().to(self.device))
         return prepared
 
+    # Decoders
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """Tokenizer, caches and generation of a graph of kind "decoder"."""
+        return Decoder(self)
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[Any]:
+        """Yields text pieces as they become certain; together they are the answer.
+
+        prompt: a text, a list of messages ({"role", "content"}; the model's chat template applies), or
+            token ids. A list of texts, of message lists or of id lists is a batch: then (index, piece)
+            is yielded. Every sequence gets what it would get alone.
+        max_new_tokens: per sequence; default: until the model ends it or its positions are used up.
+        temperature, top_k, top_p, seed: see :class:`narrowcast.runtime.sampling.Sampling`; the default
+            takes the most likely token.
+        stop: generation ends before any of these strings.
+
+        Raises ArgumentError, or UnsupportedError for a graph that is no decoder or has no tokenizer.
+        """
+        prompts, batch = self._prompts(prompt)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        pieces = self.decoder.texts(prompts, sampling, max_new_tokens, stop)
+        return pieces if batch else (piece for _, piece in pieces)
+
+    def generate_ids(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        eos: Sequence[int] | None = None,
+    ) -> Iterator[Any]:
+        """Like :meth:`generate`, but yields token ids, or (index, id) for a batch.
+
+        eos: ids that end a sequence (they are not yielded); default: the model's.
+        """
+        prompts, batch = self._prompts(prompt)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        ends = None if eos is None else frozenset(eos)
+        tokens = self.decoder.tokens(prompts, sampling, max_new_tokens, eos=ends)
+        return tokens if batch else (token for _, token in tokens)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits float32 [B, S, V] of every position of ids [B, S]; for evaluation."""
+        return self.decoder.logits(ids)
+
+    def _prompts(self, prompt: Any) -> tuple[list[list[int]], bool]:
+        batch = (
+            isinstance(prompt, (list, tuple))
+            and len(prompt) > 0
+            and isinstance(prompt[0], (str, list, tuple, Tensor))
+        )
+        prompts = prompt if batch else [prompt]
+        return [self.decoder.encode(p) for p in prompts], batch
+
+    def cache_layout(self) -> list[tuple[torch.dtype, int, int | None]]:
+        """(dtype, Hkv, D) of every cache input of a decoder, D None for scales."""
+        layout = []
+        for node in self._inputs[3:]:
+            value = node.meta["val"]
+            size = int(value.shape[3]) if value.dim() == 4 else None
+            layout.append((value.dtype, int(value.shape[1]), size))
+        return layout
+
     # What runs, and at what cost
 
     def explain(self, *inputs: Tensor) -> _explain.Explanation:
@@ -166,16 +251,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def _module(source: Any) -> fx.GraphModule:
-    while not isinstance(source, fx.GraphModule):
-        inner = getattr(source, "graph", None) or getattr(source, "module", None)
-        inner = getattr(source, "module", inner) if isinstance(inner, fx.Graph) else inner
-        if inner is None:
-            raise ArgumentError(
-                f"source must be a Plan, a Graph or a torch.fx.GraphModule, got {type(source)}"
-            )
-        source = inner
-    return source
+def _contents(source: Any) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Nodes and weights of a Plan, a Graph or a GraphModule."""
+    if isinstance(source, fx.GraphModule):
+        names = {n.target for n in source.graph.nodes if n.op == "get_attr"}
+        return source.graph, {name: operator.attrgetter(name)(source) for name in names}
+    graph = source if isinstance(source, Graph) else getattr(source, "graph", None)
+    if not isinstance(graph, Graph):
+        raise ArgumentError(
+            f"source must be a Plan, a Graph or a torch.fx.GraphModule, got {type(source).__name__}"
+        )
+    return graph.fx, graph.weights
 
 
 def _expected(node: fx.Node) -> tuple[torch.dtype | None, int]:

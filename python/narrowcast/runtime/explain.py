@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .program import Program, StepRecord, short_name
+from .program import Program
+from .trace import StepRecord, short_name
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def explain(program: Program) -> Explanation:
     """See :meth:`Executor.explain`."""
     steps = {step.node: step for step in program.steps}
     rows, totals = [], {}
-    for node in program.shared.module.graph.nodes:
+    for node in program.shared.nodes.nodes:
         if node.op != "call_function":
             continue
         step, value = steps.get(node), program.values[node]

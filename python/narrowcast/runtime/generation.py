@@ -1,0 +1,232 @@
+"""Decoding with a key/value cache: prefill in chunks, then one program for every token.
+
+Sequences of a batch are padded on the right. A padded row writes cache slots behind its sequence; they
+are overwritten before any query may see them, so every sequence gets the result it would get alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, UnsupportedError
+from .cache import KVCache, capacity_for, padded_length
+from .sampling import Sampling
+from .text import TextStream, apply_chat_template, load_tokenizer
+
+if TYPE_CHECKING:
+    from .executor import Executor
+
+#: Tokens per sequence that one prefill program takes; longer prompts go in pieces.
+CHUNK = 512
+
+
+class Decoder:
+    """Generation on top of an executor of kind "decoder"."""
+
+    def __init__(self, executor: Executor):
+        if executor.kind != "decoder":
+            raise UnsupportedError(f"generation needs a decoder, this graph is {executor.kind!r}")
+        self.executor = executor
+        self.config, self.assets = executor.config, executor.assets
+        self.layout = executor.cache_layout()
+        self.positions = int(self.config.get("max_position_embeddings", 1 << 20))
+        self._free: list[KVCache] = []
+        self._tokenizer: Any = None
+        #: Tokens asked for and tokens computed, padding included.
+        self.waste = {"tokens": 0, "computed": 0}
+
+    # Text
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.assets)
+        return self._tokenizer
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Token ids that end a sequence."""
+        ids = self.config.get("eos_token_id")
+        return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+    def encode(self, prompt: str | Sequence[Any]) -> list[int]:
+        """Token ids of a text, of messages (through the chat template), or the ids given."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt).ids
+        if isinstance(prompt, Tensor):
+            return prompt.flatten().tolist()
+        if prompt and isinstance(prompt[0], dict):
+            text = apply_chat_template(self.assets, self.config, prompt)
+            # The template writes the special tokens itself.
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [int(i) for i in prompt]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def texts(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int | None,
+        stop: Sequence[str],
+    ) -> Iterator[tuple[int, str]]:
+        """(sequence, piece of text) as they become certain."""
+        streams = [TextStream(self.decode, stop) for _ in prompts]
+        done = [False] * len(prompts)
+        for i, token in self.tokens(prompts, sampling, max_new_tokens, done):
+            piece = streams[i].add(token)
+            done[i] = streams[i].stopped
+            if piece:
+                yield i, piece
+        for i, stream in enumerate(streams):
+            if piece := stream.finish():
+                yield i, piece
+
+    # Tokens
+
+    def tokens(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int | None = None,
+        done: list[bool] | None = None,
+        eos: frozenset[int] | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """(sequence, token id) in the order of the run, without the ids that end a sequence.
+
+        `done` is shared with the caller: setting done[i] ends sequence i.
+        """
+        self._check(prompts)
+        generators = sampling.generators(len(prompts))
+        if not self.executor.batch_invariant:
+            yield from self._run(prompts, sampling, generators, max_new_tokens, done, eos)
+            return
+        runs = [
+            self._run([p], sampling, [g], max_new_tokens, done, eos, i)
+            for i, (p, g) in enumerate(zip(prompts, generators))
+        ]
+        for row in itertools.zip_longest(*runs):
+            yield from (item for item in row if item is not None)
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        generators: list[torch.Generator],
+        max_new_tokens: int | None,
+        done: list[bool] | None,
+        eos: frozenset[int] | None,
+        first: int = 0,
+    ) -> Iterator[tuple[int, int]]:
+        eos = self.eos if eos is None else eos
+        lengths = [len(p) for p in prompts]
+        limit = self.positions if max_new_tokens is None else max_new_tokens
+        wanted = max(lengths) + min(limit, 2 * CHUNK)
+        cache = self._take(len(prompts), capacity_for(wanted, self.positions))
+        ended = [False] * len(prompts)
+        try:
+            logits = self._prefill(prompts, cache) if limit > 0 else None
+            for count in range(1, limit + 1):
+                tokens = [0] * len(prompts)
+                for i, generator in enumerate(generators):
+                    if ended[i]:
+                        continue
+                    tokens[i] = sampling.draw(logits[i], generator)
+                    if tokens[i] in eos:
+                        ended[i] = True
+                        continue
+                    yield first + i, tokens[i]
+                    if done is not None and done[first + i]:
+                        ended[i] = True
+                    if lengths[i] + 1 > self.positions:
+                        ended[i] = True
+                if all(ended) or count == limit:
+                    return
+                if max(lengths) + 1 > cache.capacity:
+                    cache.grow(capacity_for(max(lengths) + 1, self.positions))
+                # An ended sequence repeats its last slot; nobody reads it.
+                starts = [min(n, cache.capacity - 1) for n in lengths]
+                logits = self._step(tokens, starts, cache)
+                lengths = [n if over else n + 1 for n, over in zip(lengths, ended)]
+        finally:
+            self._free.append(cache)
+
+    def _check(self, prompts: list[list[int]]) -> None:
+        for i, p in enumerate(prompts):
+            if not p:
+                raise ArgumentError(f"prompt {i} must have at least one token")
+            if len(p) > self.positions:
+                raise ArgumentError(f"prompt {i} must have at most {self.positions} tokens, got {len(p)}")
+
+    def _take(self, batch: int, capacity: int) -> KVCache:
+        """A cache of this batch: a free one is reused, since programs are bound to its address."""
+        for i, cache in enumerate(self._free):
+            if cache.batch == batch and cache.capacity >= capacity:
+                return self._free.pop(i)
+        self._free.clear()
+        return KVCache(self.layout, batch, capacity, self.executor.device)
+
+    def _forward(self, ids: Tensor, start: Tensor, rows: Tensor, cache: KVCache) -> Tensor:
+        self.waste["computed"] += ids.numel()
+        return self.executor(ids, start, rows, *cache.tensors)
+
+    def _step(self, tokens: list[int], starts: list[int], cache: KVCache) -> Tensor:
+        self.waste["tokens"] += len(tokens)
+        ids = torch.tensor(tokens).unsqueeze(1)
+        return self._forward(ids, torch.tensor(starts, dtype=torch.int32), torch.arange(len(tokens)), cache)
+
+    def _prefill(self, prompts: list[list[int]], cache: KVCache) -> Tensor:
+        """Fills the cache; logits [B, V] of every prompt's last token."""
+        lengths = torch.tensor([len(p) for p in prompts])
+        last: list[Tensor | None] = [None] * len(prompts)
+        for offset, ids in self._chunks(prompts, cache.capacity):
+            size = ids.shape[1]
+            row = lengths - 1 - offset
+            rows = row.clamp(0, size - 1) + torch.arange(len(prompts)) * size
+            start = torch.full((len(prompts),), offset, dtype=torch.int32)
+            logits = self._forward(ids, start, rows, cache)
+            for i in ((row >= 0) & (row < size)).nonzero().flatten().tolist():
+                last[i] = logits[i]
+        return torch.stack([t for t in last if t is not None])
+
+    def _chunks(self, prompts: list[list[int]], capacity: int) -> Iterator[tuple[int, Tensor]]:
+        """(offset, ids [B, S]) in pieces of CHUNK, padded to a bucket where the cache has room."""
+        longest = max(map(len, prompts))
+        self.waste["tokens"] += sum(map(len, prompts))
+        for offset in range(0, longest, CHUNK):
+            size = min(CHUNK, longest - offset)
+            padded = padded_length(size)
+            size = padded if offset + padded <= capacity else size
+            ids = torch.zeros(len(prompts), size, dtype=torch.long)
+            for i, p in enumerate(prompts):
+                piece = p[offset : offset + size]
+                ids[i, : len(piece)] = torch.tensor(piece, dtype=torch.long)
+            yield offset, ids
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [B, S, V] of every position of ids [B, S]; for evaluation."""
+        ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        if ids.dim() != 2 or ids.shape[1] == 0 or ids.shape[1] > self.positions:
+            raise ArgumentError(
+                f"ids must be [B, S] with 1 to {self.positions} positions, got {list(ids.shape)}"
+            )
+        batch, length = ids.shape
+        prompts = ids.tolist()
+        cache = self._take(batch, capacity_for(length, self.positions))
+        parts = []
+        try:
+            for offset, piece in self._chunks(prompts, cache.capacity):
+                size = min(length - offset, piece.shape[1])
+                rows = torch.arange(batch)[:, None] * piece.shape[1] + torch.arange(size)
+                start = torch.full((batch,), offset, dtype=torch.int32)
+                logits = self._forward(piece, start, rows.flatten(), cache)
+                parts.append(logits.view(batch, size, -1))
+        finally:
+            self._free.append(cache)
+        return torch.cat(parts, dim=1)
