@@ -108,12 +108,17 @@ class Executor:
                 f"({', '.join(self._placeholders)}), got {len(inputs)}"
             )
         prepared = []
-        for name, (dtype, rank), tensor in zip(self._placeholders, self._expected, inputs):
+        for name, (dtype, shape), tensor in zip(self._placeholders, self._expected, inputs):
             if not isinstance(tensor, Tensor):
                 raise ArgumentError(f"{name} must be a tensor, got {type(tensor).__name__}")
-            if dtype is not None and (tensor.dtype, tensor.dim()) != (dtype, rank):
+            if dtype is not None and (
+                tensor.dtype != dtype
+                or tensor.dim() != len(shape)
+                or any(isinstance(n, int) and n != m for n, m in zip(shape, tensor.shape))
+            ):
+                sizes = ", ".join(str(n) if isinstance(n, int) else "*" for n in shape)
                 raise ArgumentError(
-                    f"{name} must be {_dtype(dtype)} with {rank} dimensions, "
+                    f"{name} must be {_dtype(dtype)} [{sizes}], "
                     f"got {_dtype(tensor.dtype)} {list(tensor.shape)}"
                 )
             prepared.append(tensor.detach().to(self.device))
@@ -192,10 +197,10 @@ class Executor:
     def cache_layout(self) -> list[tuple[torch.dtype, int, int | None]]:
         """(dtype, Hkv, D) of every cache input of a decoder, D None for scales."""
         layout = []
-        for node in self._inputs[3:]:
-            value = node.meta["val"]
-            size = int(value.shape[3]) if value.dim() == 4 else None
-            layout.append((value.dtype, int(value.shape[1]), size))
+        for name, (dtype, shape) in list(zip(self._placeholders, self._expected))[3:]:
+            if len(shape) not in (3, 4) or any(isinstance(n, str) for n in shape[1:2] + shape[3:]):
+                raise UnsupportedError(f"{name} must be a cache [B, heads, C, D], got {list(shape)}")
+            layout.append((dtype, int(shape[1]), int(shape[3]) if len(shape) == 4 else None))
         return layout
 
     # What runs, and at what cost
@@ -264,9 +269,12 @@ def _contents(source: Any) -> tuple[fx.Graph, dict[str, Tensor]]:
     return graph.fx, graph.weights
 
 
-def _expected(node: fx.Node) -> tuple[torch.dtype | None, int]:
+def _expected(node: fx.Node) -> tuple[torch.dtype | None, Sequence[Any]]:
+    """dtype and sizes of an input, sizes that vary as anything but int; (None, ()) when unknown."""
     value = node.meta.get("val")
-    return (value.dtype, value.dim()) if isinstance(value, Tensor) else (None, 0)
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape)
+    return node.meta.get("dtype"), node.meta.get("shape", ())
 
 
 def _dtype(dtype: torch.dtype) -> str:
