@@ -1,0 +1,3 @@
+#include "norm/norm_rows.h"
+
+NC_NORM_KERNEL(avx2)
