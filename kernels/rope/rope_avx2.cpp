@@ -1,0 +1,3 @@
+#include "rope/rope_rows.h"
+
+NC_ROPE_KERNEL(avx2)
