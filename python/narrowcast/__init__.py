@@ -3,6 +3,8 @@
 Ops are ``torch.ops.narrowcast.*``; models go through :func:`compress` and :func:`load`.
 """
 
+import importlib
+
 from ._load import load_libraries, show_config
 from ._version import __version__
 from .errors import ArgumentError, Error, FormatError, UnsupportedError, VerificationError
@@ -11,12 +13,36 @@ load_libraries(__path__)
 
 from . import _register  # noqa: E402, F401  (fakes can only be registered once the ops exist)
 
+#: Loaded when first used: importing narrowcast should cost little more than importing torch.
+_LAZY = {
+    "Executor": ".runtime",
+    "Plan": ".graph",
+    "load": ".runtime",
+    "verify": ".runtime",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
 __all__ = [
     "ArgumentError",
     "Error",
+    "Executor",
     "FormatError",
+    "Plan",
     "UnsupportedError",
     "VerificationError",
     "__version__",
+    "load",
     "show_config",
+    "verify",
 ]
