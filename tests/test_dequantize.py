@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from conftest import forced, variants
 from narrowcast.kernels.dequantize import dequantize_ref as ref
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from narrowcast.kernels.dequantize import dequantize_ref as ref
 
 from conftest import forced, variants
 from narrowcast.formats import GGUF_BLOCKS
+from narrowcast.kernels.dequantize import dequantize_ref as ref
 
 ops = torch.ops.narrowcast
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

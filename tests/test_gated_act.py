@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from conftest import forced, variants
 from narrowcast.kernels.gated_act import gated_act_ref as ref
 from tolerances import assert_close

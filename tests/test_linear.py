@@ -1,9 +1,9 @@
 import pytest
 import torch
-from narrowcast.kernels.linear import linear_ref as ref
-from narrowcast.kernels.linear_int8.linear_int8_ref import ACTIVATIONS
 
 from conftest import forced, variants
+from narrowcast.kernels.linear import linear_ref as ref
+from narrowcast.kernels.linear_int8.linear_int8_ref import ACTIVATIONS
 from tolerances import BOUND, assert_close
 
 ops = torch.ops.narrowcast

@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
-from narrowcast.kernels.dequantize.dequantize_ref import dequantize_groups
-from narrowcast.kernels.linear_grouped import linear_grouped_ref as ref
 
 from conftest import forced, variants
 from narrowcast import ArgumentError
 from narrowcast.formats import GroupedWeight
+from narrowcast.kernels.dequantize.dequantize_ref import dequantize_groups
+from narrowcast.kernels.linear_grouped import linear_grouped_ref as ref
 from narrowcast.nn_grouped import LinearGrouped
 from tolerances import BOUND, assert_close
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from narrowcast.kernels.linear_int8 import linear_int8_ref as ref
 
 from conftest import forced, variants
+from narrowcast.kernels.linear_int8 import linear_int8_ref as ref
 from tolerances import BOUND, assert_close
 
 ops = torch.ops.narrowcast

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from conftest import forced, variants
 from narrowcast.kernels.quantize import quantize_ref as ref
 

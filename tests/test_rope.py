@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from conftest import forced, variants
 from narrowcast.kernels.rope import rope_ref as ref
 from tolerances import assert_close

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from narrowcast.kernels.linear_int8.linear_int8_ref import epilogue
 from torch import Tensor
+
+from narrowcast.kernels.linear_int8.linear_int8_ref import epilogue
 
 
 def linear(x, weight, bias=None, activation="none", residual=None, post_activation="none") -> Tensor:

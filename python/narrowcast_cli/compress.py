@@ -1,0 +1,68 @@
+"""``narrowcast compress``: a model in, a plan out, with what it cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import output
+
+
+def compress(
+    source: Annotated[str, typer.Argument(help="a .gguf or .onnx file, or a Hugging Face folder")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="the .plan file to write")],
+    recipe: Annotated[
+        str, typer.Option(help="native, fp32, fp16, bf16, int8, int8-weight, int4 or auto")
+    ] = "int8",
+    data: Annotated[
+        str | None, typer.Option(help="calibration data: a text file, or a folder of texts or pictures")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="largest relative loss of the model's own metric, such as 0.01")
+    ] = None,
+    kv_cache: Annotated[str, typer.Option(help="float or int8: the cache of a language model")] = "float",
+    device: Annotated[str, typer.Option(help="the device that the plan is measured on")] = "cpu",
+    seed: Annotated[int, typer.Option(help="of whatever is drawn at random")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Compress a model and write a plan that carries its own certificate."""
+    import narrowcast
+    from narrowcast.errors import ArgumentError
+
+    if not out.parent.is_dir():
+        raise ArgumentError(f"cannot write {out}: the folder {out.parent} does not exist")
+    with output.progress(quiet=json) as report:
+        plan = narrowcast.compress(
+            source, recipe=recipe, data=data, budget=budget, kv_cache=kv_cache, device=device, seed=seed,
+            progress=report,
+        )  # fmt: skip
+        plan.save(out)
+    summary = {
+        "plan": str(out),
+        "recipe": plan.recipe,
+        "kind": plan.kind,
+        "bytes_source": plan.source.get("bytes"),
+        "bytes_float32": plan.record.get("bytes_float32"),
+        "bytes_plan": out.stat().st_size,
+        "metrics": plan.certificate.get("metrics", {}),
+        "warnings": plan.record.get("warnings", []),
+    }
+    if json:
+        output.print_json(summary)
+        return
+    rows = [
+        [name.replace("_", " "), _shown(name, value)] for name, value in summary.items() if name != "warnings"
+    ]
+    output.console().print(output.table("compressed", ["what", "value"], rows))
+    for warning in summary["warnings"]:
+        output.console().print(f"warning: {warning}")
+
+
+def _shown(name: str, value) -> str:
+    if name.startswith("bytes") and value is not None:
+        return output.size(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+    return str(value)
