@@ -88,7 +88,7 @@ def toy():
     rows = torch.tensor([0, 3, 7])
     shapes = ({0: auto, 1: auto}, {0: auto}, {0: auto}, tuple({0: auto, 2: auto} for _ in caches))
     exported = torch.export.export(module, (*inputs, rows, *caches), dynamic_shapes=shapes)
-    config = {"max_position_embeddings": POSITIONS, "eos_token_id": None}
+    config = {"context": POSITIONS, "eos_token_ids": []}
     source = Source(Graph.from_exported(exported), config, {"tokenizer.json": tokenizer_json()})
     return module, source
 
@@ -123,7 +123,7 @@ def test_chunked_prefill_and_growing_cache(toy, monkeypatch):
     for i, token in exe.generate_ids(prompts, max_new_tokens=30):
         got[i].append(token)
     assert got == expected
-    computed, asked = exe.decoder.waste["computed"], exe.decoder.waste["tokens"]
+    computed, asked = exe.waste["computed"], exe.waste["tokens"]
     assert asked == 32 + 29 * 3 and computed >= asked
 
 
@@ -146,9 +146,9 @@ def test_one_program_serves_all_tokens(toy):
     exe = Executor(source, device="cpu", threads=1)
     list(exe.generate_ids(random_prompt(10), max_new_tokens=40))
     assert len(exe._programs) == 2  # prefill and decode
-    programs = list(exe._programs.values())
+    programs = set(exe._programs.values())
     list(exe.generate_ids(random_prompt(12), max_new_tokens=40))
-    assert list(exe._programs.values()) == programs
+    assert set(exe._programs.values()) == programs
 
 
 def test_ends_at_eos_and_at_the_last_position(toy):
@@ -253,13 +253,13 @@ def test_chat_template_is_sandboxed():
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     messages = [{"role": "user", "content": "hi"}]
-    text = apply_chat_template({"chat_template": template.encode()}, {"bos_token": "^"}, messages)
+    text = apply_chat_template({"chat_template": template.encode()}, messages, "^")
     assert text == "^<user>hi\n<assistant>"
     hostile = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(UnsupportedError, match="chat template"):
-        apply_chat_template({"chat_template": hostile}, {}, messages)
+        apply_chat_template({"chat_template": hostile}, messages)
     with pytest.raises(ArgumentError, match="only users"):
-        apply_chat_template({"chat_template": b"{{ raise_exception('only users') }}"}, {}, messages)
+        apply_chat_template({"chat_template": b"{{ raise_exception('only users') }}"}, messages)
 
 
 def test_buckets():

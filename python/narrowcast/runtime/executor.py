@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from ..errors import ArgumentError, UnsupportedError
 from ..graph.ir import Graph
 from . import explain as _explain
+from .encoding import Encoder
 from .generation import Decoder
 from .program import Program, Shared
 from .sampling import Sampling
@@ -58,6 +59,8 @@ class Executor:
         self.kind: str = getattr(source, "kind", "generic")
         self.config: dict = getattr(source, "config", None) or {}
         self.assets: dict[str, bytes] = getattr(source, "assets", None) or {}
+        #: Tokens asked for and tokens computed, padding included (decoders and encoders).
+        self.waste = {"tokens": 0, "computed": 0}
         self._shared = Shared(*_contents(source), self.device)
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.RLock()
@@ -84,6 +87,12 @@ class Executor:
         """The program for these shapes, built when it is new."""
         with self._lock, threads(self.threads):
             return self._program(self._prepare(inputs))
+
+    def run_program(self, program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Runs what :meth:`program` returned, without checking the inputs again."""
+        inputs = [t if t.device == self.device else t.to(self.device) for t in inputs]
+        with self._lock, threads(self.threads):
+            return program.run(inputs)
 
     def _program(self, inputs: Sequence[Tensor]) -> Program:
         key = tuple((t.shape, t.dtype) for t in inputs)
@@ -121,8 +130,26 @@ class Executor:
                     f"{name} must be {_dtype(dtype)} [{sizes}], "
                     f"got {_dtype(tensor.dtype)} {list(tensor.shape)}"
                 )
-            prepared.append(tensor.detach().to(self.device))
+            tensor = tensor.detach() if tensor.requires_grad else tensor
+            prepared.append(tensor if tensor.device == self.device else tensor.to(self.device))
         return prepared
+
+    # Encoders
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """Tokenizer and batches of a graph of kind "encoder"."""
+        return Encoder(self)
+
+    def encode(self, texts: str | Sequence[str], batch_size: int = 32) -> Tensor:
+        """One row per text: [N, H] of a pooling encoder, else hidden states [N, S, H], zero behind the end.
+
+        Texts are sorted by length and padded, under the mask, to the next multiple of 16 tokens. One text
+        (a str) gives its row alone.
+        """
+        single = isinstance(texts, str)
+        rows = self.encoder.encode([texts] if single else texts, batch_size)
+        return rows[0] if single else rows
 
     # Decoders
 
@@ -241,19 +268,21 @@ class Executor:
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of a name. Raises ArgumentError, or UnsupportedError where there is none."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ArgumentError(f'device must be "auto", "cpu" or "cuda", got {device!r}') from error
     if resolved.type not in ("cpu", "cuda"):
         raise ArgumentError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
-    if resolved.type == "cuda" and not torch.cuda.is_available():
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise UnsupportedError(
             "device must be one this machine has, got cuda: torch sees no CUDA device "
             f"(torch {torch.__version__})"
         )
-    return resolved
+    return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
 
 
 def _contents(source: Any) -> tuple[fx.Graph, dict[str, Tensor]]:

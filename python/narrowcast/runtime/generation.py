@@ -6,6 +6,7 @@ are overwritten before any query may see them, so every sequence gets the result
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from .text import TextStream, apply_chat_template, load_tokenizer
 
 if TYPE_CHECKING:
     from .executor import Executor
+    from .program import Program
 
 #: Tokens per sequence that one prefill program takes; longer prompts go in pieces.
 CHUNK = 512
@@ -34,25 +36,26 @@ class Decoder:
         self.executor = executor
         self.config, self.assets = executor.config, executor.assets
         self.layout = executor.cache_layout()
-        self.positions = int(self.config.get("max_position_embeddings", 1 << 20))
+        if not isinstance(self.config.get("context"), int):
+            raise UnsupportedError('a decoder needs config["context"], the number of its positions')
+        self.positions = self.config["context"]
         self._free: list[KVCache] = []
-        self._tokenizer: Any = None
-        #: Tokens asked for and tokens computed, padding included.
-        self.waste = {"tokens": 0, "computed": 0}
+        self._stepping: tuple[list[Tensor], Program] | None = None
 
     # Text
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.assets)
-        return self._tokenizer
+        return load_tokenizer(self.assets)
 
     @property
     def eos(self) -> frozenset[int]:
         """Token ids that end a sequence."""
-        ids = self.config.get("eos_token_id")
-        return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return frozenset(self.config.get("eos_token_ids", ()))
+
+    def _token_text(self, name: str) -> str:
+        token = self.config.get(f"{name}_token_id")
+        return "" if token is None else self.tokenizer.id_to_token(token) or ""
 
     def encode(self, prompt: str | Sequence[Any]) -> list[int]:
         """Token ids of a text, of messages (through the chat template), or the ids given."""
@@ -61,7 +64,8 @@ class Decoder:
         if isinstance(prompt, Tensor):
             return prompt.flatten().tolist()
         if prompt and isinstance(prompt[0], dict):
-            text = apply_chat_template(self.assets, self.config, prompt)
+            marks = self._token_text("bos"), self._token_text("eos")
+            text = apply_chat_template(self.assets, prompt, *marks)
             # The template writes the special tokens itself.
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         return [int(i) for i in prompt]
@@ -173,13 +177,19 @@ class Decoder:
         return KVCache(self.layout, batch, capacity, self.executor.device)
 
     def _forward(self, ids: Tensor, start: Tensor, rows: Tensor, cache: KVCache) -> Tensor:
-        self.waste["computed"] += ids.numel()
+        self.executor.waste["computed"] += ids.numel()
         return self.executor(ids, start, rows, *cache.tensors)
 
     def _step(self, tokens: list[int], starts: list[int], cache: KVCache) -> Tensor:
-        self.waste["tokens"] += len(tokens)
-        ids = torch.tensor(tokens).unsqueeze(1)
-        return self._forward(ids, torch.tensor(starts, dtype=torch.int32), torch.arange(len(tokens)), cache)
+        """Logits [B, V] after one token per sequence, always by the same program."""
+        for count in self.executor.waste:
+            self.executor.waste[count] += len(tokens)
+        start = torch.tensor(starts, dtype=torch.int32)
+        inputs = [torch.tensor(tokens).unsqueeze(1), start, torch.arange(len(tokens)), *cache.tensors]
+        if self._stepping is None or self._stepping[0] is not cache.tensors:
+            # Checked and looked up once; after that a token costs no Python per cache tensor but its address.
+            self._stepping = cache.tensors, self.executor.program(*inputs)
+        return self.executor.run_program(self._stepping[1], inputs)[0]
 
     def _prefill(self, prompts: list[list[int]], cache: KVCache) -> Tensor:
         """Fills the cache; logits [B, V] of every prompt's last token."""
@@ -198,7 +208,7 @@ class Decoder:
     def _chunks(self, prompts: list[list[int]], capacity: int) -> Iterator[tuple[int, Tensor]]:
         """(offset, ids [B, S]) in pieces of CHUNK, padded to a bucket where the cache has room."""
         longest = max(map(len, prompts))
-        self.waste["tokens"] += sum(map(len, prompts))
+        self.executor.waste["tokens"] += sum(map(len, prompts))
         for offset in range(0, longest, CHUNK):
             size = min(CHUNK, longest - offset)
             padded = padded_length(size)

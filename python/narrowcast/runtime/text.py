@@ -84,13 +84,13 @@ def load_tokenizer(assets: Mapping[str, bytes]) -> Any:
 
 
 def apply_chat_template(
-    assets: Mapping[str, bytes], config: Mapping[str, Any], messages: Sequence[Message]
+    assets: Mapping[str, bytes], messages: Sequence[Message], bos_token: str = "", eos_token: str = ""
 ) -> str:
     """The prompt text that the model's own template makes of messages, ready for the answer.
 
     The template runs in jinja2's sandbox: it comes out of a file and may compute nothing but text.
     """
-    template = assets.get("chat_template") or assets.get("chat_template.jinja")
+    template = assets.get("chat_template")
     if template is None:
         raise UnsupportedError("messages need a chat template, and this model carries none")
     try:
@@ -111,8 +111,8 @@ def apply_chat_template(
         return environment.from_string(bytes(template).decode("utf-8")).render(
             messages=[dict(m) for m in messages],
             add_generation_prompt=True,
-            bos_token=config.get("bos_token") or "",
-            eos_token=config.get("eos_token") or "",
+            bos_token=bos_token,
+            eos_token=eos_token,
         )
     except TemplateError as error:
         raise UnsupportedError(f"chat template: {error}") from error
