@@ -8,6 +8,7 @@ import torch
 from conftest import forced, variants
 from narrowcast.formats import GGUF_BLOCKS
 from narrowcast.kernels.dequantize import dequantize_ref as ref
+from steps import run_step
 
 ops = torch.ops.narrowcast
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -178,3 +179,18 @@ def test_int8_bad_input(change, message):
     arguments = dict(zip(("q", "scale", "zero_point", "group_size"), int8_inputs((6, 64), 32)))
     with pytest.raises(RuntimeError, match=f"dequantize_int8: .*{message}"):
         ops.dequantize_int8(**(arguments | change))
+
+
+def test_steps():
+    blocks = random_blocks("Q4_K", 3, 2)
+    out = torch.full((3, 512), math.nan, dtype=torch.float16)
+    run_step("dequantize_gguf", [blocks], [out], type="Q4_K")
+    assert same_bits(out, ref.dequantize_gguf(blocks, "Q4_K", torch.float16))
+    q, scale, zero, group = int8_inputs((5, 64), 32)
+    out = torch.full((5, 64), math.nan)
+    run_step("dequantize_int8", [q, scale, zero], [out], group_size=group)
+    assert same_bits(out, ref.dequantize_int8(q, scale, zero, group))
+    with pytest.raises(RuntimeError, match="dequantize_int8: out must have 320 elements, got 319"):
+        run_step("dequantize_int8", [q, scale, zero], [out.flatten()[1:]], group_size=group)
+    with pytest.raises(RuntimeError, match="dequantize_gguf: out must have 1536 elements"):
+        run_step("dequantize_gguf", [blocks], [torch.empty(3, 511)], type="Q4_K")

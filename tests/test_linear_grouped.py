@@ -10,6 +10,7 @@ from narrowcast.formats import GroupedWeight
 from narrowcast.kernels.dequantize.dequantize_ref import dequantize_groups
 from narrowcast.kernels.linear_grouped import linear_grouped_ref as ref
 from narrowcast.nn_grouped import LinearGrouped
+from steps import run_step
 from tolerances import BOUND, assert_close
 
 ops = torch.ops.narrowcast
@@ -286,3 +287,34 @@ def test_module_refuses_other_groups():
     w = GroupedWeight(8, 32, torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1))
     with pytest.raises(ArgumentError, match="activation_bits must be 8 or 16, got 4"):
         LinearGrouped(w, activation_bits=4)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_step(constant, activation_bits):
+    for bits, with_offset in itertools.product((4, 8), (False, True)):
+        packed, scale, offset, group, _ = weight(40, 64, 32, bits, with_offset, torch.float16)
+        x, bias, residual = torch.randn(2, 7, 64), torch.randn(40), torch.randn(2, 7, 40)
+        out = torch.full((2, 7, 40), math.nan, dtype=torch.bfloat16)
+        run_step(
+            "linear_grouped", [x, packed, scale, offset, bias, residual], [out],
+            [False, constant, constant, constant, False, False], times=2, group_size=group,
+            bits=bits, activation="gelu", activation_bits=activation_bits, post_activation="relu",
+        )  # fmt: skip
+        expected = ops.linear_grouped(
+            x, packed, scale, offset, group, bits, bias, "gelu", residual, torch.bfloat16,
+            activation_bits=activation_bits, post_activation="relu",
+        )  # fmt: skip
+        assert torch.equal(out, expected)
+
+
+def test_step_checks_its_operands():
+    packed, scale, offset, group, bits = weight(40, 64, 32, 4)
+    x = torch.randn(3, 64)
+    for inputs, out, message in (
+        ([x, packed, scale[1:], offset, None, None], torch.empty(3, 40), "scale must be"),
+        ([x, packed, scale, offset, None, None], torch.empty(3, 41), r"out must be \[3, 40\]"),
+        ([x, packed[::2], scale[::2], None, None, None], torch.empty(3, 20), "contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run_step("linear_grouped", inputs, [out], group_size=group, bits=bits)

@@ -105,26 +105,33 @@ Tensor dequantize_int8(const Tensor& q_in, const Tensor& scale_in,
   return out;
 }
 
-const RegisterStep dequantize_gguf_step("dequantize_gguf",
-                                        [](const StepSpec& s, PackCache&) -> Step {
-                                          auto args = gguf_args(s.inputs[0], s.text("type", ""),
-                                                                s.outputs[0].dtype);
-                                          NC_CHECK(is_contiguous(s.inputs[0]), "dequantize_gguf",
-                                                   "blocks must be contiguous in a plan");
-                                          args.out = s.outputs[0].data;
-                                          return [args] { dequantize_gguf_run(args); };
-                                        });
+void check_step_out(const TensorView& out, int64_t elements, const char* op) {
+  NC_CHECK(numel(out) == elements, op, "out must have ", elements, " elements, got ", numel(out));
+  NC_CHECK(is_contiguous(out), op, "out must be contiguous in a plan");
+}
 
-const RegisterStep dequantize_int8_step(
-    "dequantize_int8", [](const StepSpec& s, PackCache&) -> Step {
-      auto args = int8_args(s.inputs[0], s.inputs[1], s.inputs[2], s.integer("group_size"),
-                            s.outputs[0].dtype);
-      for (int i = 0; i < 3; ++i)
-        NC_CHECK(!defined(s.inputs[i]) || is_contiguous(s.inputs[i]), "dequantize_int8",
-                 "inputs must be contiguous in a plan");
-      args.out = s.outputs[0].data;
-      return [args] { dequantize_int8_run(args); };
-    });
+Step gguf_step(const StepSpec& s, PackCache&) {
+  DequantizeGgufArgs args = gguf_args(s.inputs[0], s.text("type", ""), s.outputs[0].dtype);
+  NC_CHECK(is_contiguous(s.inputs[0]), "dequantize_gguf", "blocks must be contiguous in a plan");
+  check_step_out(s.outputs[0], args.count * kGgufLayouts[static_cast<int>(args.type)].elements,
+                 "dequantize_gguf");
+  args.out = s.outputs[0].data;
+  return [args] { dequantize_gguf_run(args); };
+}
+
+Step int8_step(const StepSpec& s, PackCache&) {
+  DequantizeInt8Args args =
+      int8_args(s.inputs[0], s.inputs[1], s.inputs[2], s.integer("group_size"), s.outputs[0].dtype);
+  for (const TensorView& input : s.inputs)
+    NC_CHECK(!defined(input) || is_contiguous(input), "dequantize_int8",
+             "inputs must be contiguous in a plan");
+  check_step_out(s.outputs[0], numel(s.inputs[0]), "dequantize_int8");
+  args.out = s.outputs[0].data;
+  return [args] { dequantize_int8_run(args); };
+}
+
+const RegisterStep dequantize_gguf_step("dequantize_gguf", gguf_step);
+const RegisterStep dequantize_int8_step("dequantize_int8", int8_step);
 
 }  // namespace
 }  // namespace narrowcast

@@ -236,6 +236,7 @@ Step make_step(const StepSpec& s, PackCache& cache) {
       checked_args(layout, x, s.inputs[4], s.inputs[5],
                    {s.integer("activation_bits", 16), activation.c_str(), post_activation.c_str()},
                    s.outputs[0].dtype);
+  check_out(s.outputs[0], out_sizes(x, layout.n), {});
   const GroupedSource source = {static_cast<const uint8_t*>(packed.data), scale.data, offset.data};
   const auto buffer = [&] { return aligned_buffer(grouped_packed_bytes(layout)); };
   const bool constant = s.constant[1] && s.constant[2] && (!defined(offset) || s.constant[3]);
