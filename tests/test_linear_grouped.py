@@ -280,6 +280,13 @@ def test_module(activation_bits):
     assert torch.equal(layer(x), again) and not torch.equal(again, expected)
 
 
+def test_module_made_in_inference_mode():
+    with torch.inference_mode():
+        packed, scale, offset, group, bits = weight(40, 64, 32, 4)
+        layer, x = LinearGrouped(GroupedWeight(bits, group, packed, scale, offset)), torch.randn(64)
+        assert torch.equal(layer(x), ops.linear_grouped(x, packed, scale, offset, group, bits))
+
+
 def test_module_refuses_other_groups():
     w = GroupedWeight(8, 16, torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 2))
     with pytest.raises(ArgumentError, match="group_size must be a multiple of 32, got 16"):

@@ -52,7 +52,10 @@ class LinearGrouped(nn.Module):
 
     def _cpu_panels(self) -> Tensor:
         parts = (self.packed, self.scale, self.offset)
-        made_from = tuple(None if t is None else (t.data_ptr(), t._version) for t in parts)
+        # Tensors made under inference_mode count no versions: they are taken as constant.
+        made_from = tuple(
+            None if t is None else (t.data_ptr(), None if t.is_inference() else t._version) for t in parts
+        )
         if self._panels is None or self._made_from != made_from:
             self._panels = _ops._linear_grouped_pack(*parts, self.group_size, self.bits)
             self._made_from = made_from
