@@ -136,3 +136,20 @@ def test_bad_input(change, message):
 def test_gradients_are_refused():
     with pytest.raises(RuntimeError, match="no gradient"):
         ops.linear(torch.randn(4, 32, requires_grad=True), torch.ones(3, 32))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, n, k", [(1, 70, 33), (19, 65, 64), (100, 129, 1100)])
+def test_packed_weights(variant, dtype, m, n, k):
+    x, weight = operands(m, n, k, dtype)
+    with forced("linear", variant):
+        out = ops._linear_packed(x, ops._linear_pack(weight), n, out_dtype=torch.float32)
+    assert_close(out, ref.linear(x, weight), 4e-6)
+
+
+def test_foreign_panels_are_refused():
+    x, packed = torch.randn(4, 32), ops._linear_pack(torch.randn(10, 32))
+    for bad in (packed[:-1], packed.clone().fill_(0), packed.view(torch.int8)):
+        with pytest.raises(RuntimeError, match="linear: packed must be weights"):
+            ops._linear_packed(x, bad, 10)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import narrowcast as nc
 from conftest import forced, variants
 from narrowcast.kernels.linear_int8 import linear_int8_ref as ref
 from tolerances import BOUND, assert_close
@@ -286,3 +287,59 @@ def test_gradients_are_refused():
             torch.ones(3, 32, dtype=torch.int8),
             torch.ones(3),
         )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("options", [{}, {"asymmetric": True}, {"group_size": 32}])
+def test_layer(variant, options):
+    linear = torch.nn.Linear(96, 70)
+    layer = nc.nn.LinearInt8.from_float(linear, activation="relu", **options)
+    x, residual = torch.randn(2, 5, 96), torch.randn(2, 5, 70)
+    with torch.no_grad(), forced("linear_int8", variant):
+        layer._panels = None  # variants differ in their panels
+        out = layer(x, residual)
+        expected = ops.linear_dynamic_int8(
+            x, layer.weight, layer.weight_scale, layer.bias, "relu", residual, **options
+        )
+    assert torch.equal(out, expected)
+    assert set(layer.state_dict()) == {"weight", "weight_scale", "bias"}
+
+
+def test_layer_follows_its_weight_and_compiles():
+    layer = nc.nn.LinearInt8.from_float(torch.nn.Linear(64, 10))
+    x = torch.randn(3, 64)
+    before = layer(x)
+    other = nc.nn.LinearInt8.from_float(torch.nn.Linear(64, 10))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), before)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "weight, scale, options, message",
+    [
+        (torch.ones(4, 32), torch.ones(4), {}, "weight must be int8"),
+        (torch.ones(4, 32, dtype=torch.int8), torch.ones(3), {}, "weight_scale must be"),
+        (torch.ones(4, 32, dtype=torch.int8), torch.ones(4), {"group_size": 48}, "group_size must"),
+        (
+            torch.ones(4, 32, dtype=torch.int8),
+            torch.ones(4),
+            {"group_size": 32, "asymmetric": True},
+            "asymmetric must",
+        ),
+    ],
+)
+def test_layer_bad_input(weight, scale, options, message):
+    with pytest.raises(nc.ArgumentError, match=message):
+        nc.nn.LinearInt8(weight, scale, **options)
+
+
+def test_foreign_panels_are_refused():
+    w_q, x = torch.ones(10, 32, dtype=torch.int8), torch.randn(4, 32)
+    packed = ops._linear_int8_pack(w_q)
+    for bad in (packed[:-1], packed[64:], packed.clone().fill_(0), packed.view(torch.int8)):
+        with pytest.raises(RuntimeError, match="linear_dynamic_int8: packed must be weights"):
+            ops._linear_dynamic_int8_packed(x, bad, 10, torch.ones(10))
+    with pytest.raises(RuntimeError, match="packed must be weights"):
+        ops._linear_dynamic_int8_packed(x, packed, 1 << 60, torch.ones(1))
