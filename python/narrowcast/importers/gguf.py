@@ -132,7 +132,7 @@ class GGUFFile:
         tensors, keys = cursor.number("Q", "the tensor count"), cursor.number("Q", "the key count")
         if tensors > MAX_TENSORS or keys > MAX_KEYS:
             raise FormatError(
-                f"{name}: {tensors} tensors and {keys} keys, at most {MAX_TENSORS} and {MAX_KEYS} are accepted"
+                f"{name}: {tensors} tensors and {keys} keys, the limits are {MAX_TENSORS} and {MAX_KEYS}"
             )
         #: Key -> int, float, bool, str or a list of one of them.
         self.metadata: dict[str, Any] = {}
@@ -142,7 +142,7 @@ class GGUFFile:
                 raise cursor.fail(f"the key {key!r} appears twice")
             self.metadata[key] = cursor.value(cursor.number("I", key), key)
         if self.get("split.count", int, 0) > 1:
-            raise UnsupportedError(f"{name} is one part of a split model: merge the parts into one file first")
+            raise UnsupportedError(f"{name} is one part of a split model: merge the parts first")
         #: Tensor name -> where it lies.
         self.tensors: dict[str, TensorInfo] = {}
         self._directory(cursor, tensors)
@@ -190,7 +190,7 @@ class GGUFFile:
         self._start = start
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """A metadata value of one type. Raises FormatError when it is missing (without default) or another."""
+        """A metadata value of one type. Raises FormatError when it is missing or another."""
         value = self.metadata.get(key, default)
         if value is None:
             raise FormatError(f"{self.path.name}: the key {key!r} is missing")

@@ -54,6 +54,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, context: int | No
             "name": file.get("general.name", str, Path(path).stem),
             "dtype": str(dtype).removeprefix("torch."),
             **config.as_dict(),
+            "max_position_embeddings": config.context,
             **text,
         },
         assets,
@@ -82,9 +83,13 @@ def _config(file: GGUFFile, context: int | None) -> DecoderConfig:
     head_dim = _size(file, "llama.attention.key_length", max(hidden // heads, 1))
     rotated = _size(file, "llama.rope.dimension_count", head_dim)
     if heads % kv_heads or head_dim % 2:
-        raise FormatError(f"{name}: {heads} heads, {kv_heads} kv heads of size {head_dim} do not fit together")
+        raise FormatError(
+            f"{name}: {heads} heads, {kv_heads} kv heads of size {head_dim} do not fit together"
+        )
     if rotated != head_dim or file.get("llama.attention.value_length", int, head_dim) != head_dim:
-        raise UnsupportedError(f"{name}: heads of {head_dim} with {rotated} rotated elements are not supported")
+        raise UnsupportedError(
+            f"{name}: heads of {head_dim} with {rotated} rotated elements are not supported"
+        )
     vocab = file.info("token_embd.weight").shape[0]
     eps = file.get("llama.attention.layer_norm_rms_epsilon", float)
     theta = file.get("llama.rope.freq_base", float, 10000.0)
@@ -114,9 +119,12 @@ def _module(
     shapes = _tensor_names(file, config)
     state: dict[str, Tensor] = {}
     native: dict[str, GroupedWeight] = {}
-    rows = {"q": _split_halves(config.heads, config.head_dim), "k": _split_halves(config.kv_heads, config.head_dim)}
+    rows = {
+        "q": _split_halves(config.heads, config.head_dim),
+        "k": _split_halves(config.kv_heads, config.head_dim),
+    }
     for name, parameter in shapes.items():
-        kind = parameter.split(".")[-2]
+        kind = f".{parameter}".split(".")[-2]
         value = file.tensor(name, dtype)
         state[parameter] = value[rows[kind]] if kind in rows else value
         if value.dim() == 2 and (grouped := file.grouped(name)) is not None:
@@ -179,16 +187,15 @@ def _split_halves(heads: int, head_dim: int) -> Tensor:
 
 
 def _token_ids(file: GGUFFile, config: DecoderConfig) -> dict[str, Any]:
-    ids = {}
+    ids: dict[str, Any] = {}
+    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     for ours, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         value = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if value is not None and not (type(value) is int and 0 <= value < config.vocab):
-            raise FormatError(f"{file.path.name}: the {key} token must be below {config.vocab}, got {value!r}")
+            raise FormatError(
+                f"{file.path.name}: the {key} token must be below {config.vocab}, got {value!r}"
+            )
         ids[ours] = value
-    stops = {ids["eos_token_id"]}
-    for key in ("eot", "eom"):
-        value = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if type(value) is int and 0 <= value < config.vocab:
-            stops.add(value)
-    ids["eos_token_ids"] = sorted(s for s in stops if s is not None)
+        if value is not None and value < len(tokens):
+            ids[ours.removesuffix("_id")] = tokens[value]
     return ids

@@ -72,7 +72,11 @@ class _Layer(nn.Module):
             return nn.Linear(k, n, bias=name in biases)
 
         self.attention_norm = nn.Parameter(torch.empty(c.hidden))
-        self.q, self.k, self.v = linear("q", q, c.hidden), linear("k", kv, c.hidden), linear("v", kv, c.hidden)
+        self.q, self.k, self.v = (
+            linear("q", q, c.hidden),
+            linear("k", kv, c.hidden),
+            linear("v", kv, c.hidden),
+        )
         self.o = linear("o", c.hidden, q)
         self.mlp_norm = nn.Parameter(torch.empty(c.hidden))
         self.gate = linear("gate", c.intermediate, c.hidden)

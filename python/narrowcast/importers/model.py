@@ -69,7 +69,9 @@ def load_model(
         if example_inputs is None and huggingface.is_pretrained(source):
             return _call(huggingface.from_object, source, options)
         return _call(
-            torch_module.load, source, {**options, "example_inputs": example_inputs, "dynamic_shapes": dynamic_shapes}
+            torch_module.load,
+            source,
+            {**options, "example_inputs": example_inputs, "dynamic_shapes": dynamic_shapes},
         )
     if not isinstance(source, str | os.PathLike):
         raise ArgumentError(
@@ -120,5 +122,7 @@ def _call(importer, source, options: dict[str, Any]) -> Model:
     known = list(inspect.signature(importer).parameters)[1:]
     for name in options:
         if name not in known:
-            raise ArgumentError(f"option {name!r} is unknown for this source; it takes {', '.join(known) or 'none'}")
+            raise ArgumentError(
+                f"option {name!r} is unknown for this source; it takes {', '.join(known) or 'none'}"
+            )
     return importer(source, **options)
