@@ -152,6 +152,12 @@ def load(path: str | Path, size: int | None = None) -> Model:
     config = {
         "architecture": f"efficientnet-{variant[0] if variant else 'lite'}",
         "classes": module.classifier.out_features,
-        "image": {"size": size, "mean": [127.0] * 3, "std": [128.0] * 3, "range": [0, 255], "channels": "RGB"},
+        "image": {
+            "size": size,
+            "mean": [127.0] * 3,
+            "std": [128.0] * 3,
+            "range": [0, 255],
+            "channels": "RGB",
+        },
     }
     return Model(exported, "image", config, source=describe_file(path))

@@ -153,7 +153,8 @@ def _tensor_names(file: GGUFFile, config: DecoderConfig) -> dict[str, str]:
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     sizes = {
         "q": (q, c.hidden), "k": (kv, c.hidden), "v": (kv, c.hidden), "o": (c.hidden, q),
-        "gate": (c.intermediate, c.hidden), "up": (c.intermediate, c.hidden), "down": (c.hidden, c.intermediate),
+        "gate": (c.intermediate, c.hidden), "up": (c.intermediate, c.hidden),
+        "down": (c.hidden, c.intermediate),
     }  # fmt: skip
     expected = {
         "token_embd.weight": ("embedding.weight", (c.vocab, c.hidden)),

@@ -48,7 +48,7 @@ def tokenizer_json(file: GGUFFile) -> bytes:
     rows = file.info("token_embd.weight").shape[0]
     if len(vocab) != len(tokens) or len(types) != len(tokens) or len(tokens) > rows:
         raise FormatError(
-            f"{name}: {len(tokens)} tokens ({len(vocab)} different) with {len(types)} types and {rows} embeddings"
+            f"{name}: {len(tokens)} tokens ({len(vocab)} different), {len(types)} types, {rows} embeddings"
         )
     pairs = []
     for merge in merges:

@@ -163,7 +163,7 @@ def export_decoder(
 
 
 def _name_caches(exported: torch.export.ExportedProgram, names: list[str]) -> None:
-    """Placeholders of ``*caches`` are called caches_0 ...; the contract names them k_cache_0, v_cache_0 ..."""
+    """Placeholders of ``*caches`` are called caches_0 ...; the contract has k_cache_0, v_cache_0 ..."""
     inputs = {s.arg.name: s.arg for s in exported.graph_signature.input_specs if hasattr(s.arg, "name")}
     nodes = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name.startswith("caches_")]
     for node, name in zip(nodes, names, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,11 +69,8 @@ def load_model(
 
         if example_inputs is None and huggingface.is_pretrained(source):
             return _call(huggingface.from_object, source, options)
-        return _call(
-            torch_module.load,
-            source,
-            {**options, "example_inputs": example_inputs, "dynamic_shapes": dynamic_shapes},
-        )
+        options |= {"example_inputs": example_inputs, "dynamic_shapes": dynamic_shapes}
+        return _call(torch_module.load, source, options)
     if not isinstance(source, str | os.PathLike):
         raise ArgumentError(
             "source must be a torch.nn.Module, a folder or a path of a .gguf or .onnx file, "
@@ -117,8 +115,6 @@ def _importer(path: Path):
 
 
 def _call(importer, source, options: dict[str, Any]) -> Model:
-    import inspect
-
     known = list(inspect.signature(importer).parameters)[1:]
     for name in options:
         if name not in known:
