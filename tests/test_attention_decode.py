@@ -1,0 +1,150 @@
+import pytest
+import torch
+
+from conftest import forced, variants
+from narrowcast.kernels.attention_decode import attention_decode as public
+from narrowcast.kernels.attention_decode import attention_decode_ref as ref
+from tolerances import BOUND, assert_close
+
+ops = torch.ops.narrowcast
+VARIANTS = variants("attention_decode")
+CACHES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+
+
+def operands(b, hq, hkv, sq, c, d, cache=torch.float32, dtype=torch.float32):
+    """q, k_cache, v_cache, lengths, k_scale, v_scale; what lies past a length is NaN or nonsense."""
+    q = torch.randn(b, hq, sq, d).to(dtype)
+    lengths = torch.randint(sq, c + 1, (b,), dtype=torch.int32)
+    if cache == torch.int8:
+        k, v = (torch.randint(-128, 128, (b, hkv, c, d), dtype=torch.int8) for _ in "kv")
+        return q, k, v, lengths, torch.rand(b, hkv, c) / 64, torch.rand(b, hkv, c) / 64
+    k, v = (torch.randn(b, hkv, c, d).to(cache) for _ in "kv")
+    for i, n in enumerate(lengths.tolist()):
+        k[i, :, n:] = v[i, :, n:] = torch.nan
+    return q, k, v, lengths, None, None
+
+
+def pages_of(tensor, table, page):
+    """A dense cache [B, H, C, ...] laid out in the pages that `table` names."""
+    h, c = tensor.shape[1:3]
+    pages = tensor.new_zeros((int(table.max()) + 1, h, page, *tensor.shape[3:]))
+    pages[table.flatten().long()] = tensor.unflatten(2, (c // page, page)).transpose(1, 2).flatten(0, 1)
+    return pages
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1, 1, 1),
+        (3, 9, 3, 1, 700, 64),
+        (2, 4, 4, 1, 256, 17),
+        (2, 6, 2, 5, 300, 32),
+        (1, 4, 2, 70, 90, 40),
+    ],
+)
+def test_caches(variant, cache, shape):
+    inputs = operands(*shape, cache)
+    with forced("attention_decode", variant):
+        out = ops.attention_decode(*inputs)
+    assert_close(out, ref.attention_decode(*inputs))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", list(BOUND))
+@pytest.mark.parametrize("sq", [1, 3, 20])
+def test_options(variant, dtype, sq):
+    inputs = operands(2, 6, 2, sq, 600, 32, torch.bfloat16, dtype)
+    options = {"scale": 0.4, "window": 270, "softcap": 3.0, "sinks": torch.randn(6)}
+    with forced("attention_decode", variant):
+        out = ops.attention_decode(*inputs, **options)
+    assert out.dtype == dtype
+    assert_close(out, ref.attention_decode(*inputs, **options))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("sq", [1, 9])
+def test_pages(variant, cache, sq):
+    q, k, v, lengths, k_scale, v_scale = operands(3, 4, 2, sq, 320, 32, cache)
+    table = torch.randperm(70, dtype=torch.int32)[:60].view(3, 20)
+    paged = [None if t is None else pages_of(t, table, 16) for t in (k, v, k_scale, v_scale)]
+    with forced("attention_decode", variant):
+        dense = ops.attention_decode(q, k, v, lengths, k_scale, v_scale)
+        out = ops.attention_decode(q, *paged[:2], lengths, *paged[2:], block_table=table)
+    assert torch.equal(out, dense)
+    assert_close(out, ref.attention_decode(q, *paged[:2], lengths, *paged[2:], block_table=table))
+
+
+def test_same_bits_whatever_the_batch_and_threads():
+    inputs = operands(4, 6, 2, 1, 1500, 64)
+    whole = ops.attention_decode(*inputs)
+    for b in range(4):
+        alone = ops.attention_decode(*(t[b : b + 1].contiguous() for t in inputs[:4]))
+        assert torch.equal(alone, whole[b : b + 1])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(ops.attention_decode(*inputs), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_views_out_and_empty():
+    inputs = operands(2, 4, 2, 3, 50, 16)
+    q, k, v, lengths = inputs[:4]
+    expected = ref.attention_decode(q, k, v, lengths)
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    assert_close(ops.attention_decode(*turned, lengths), expected)
+    backwards = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
+    assert_close(ops.attention_decode(*backwards, lengths), expected)
+    out = torch.full_like(q, torch.nan)
+    ops.attention_decode.out(q, k, v, lengths, out=out)
+    assert_close(out, expected)
+    assert ops.attention_decode(q[:0], k[:0], v[:0], lengths[:0]).shape == (0, 4, 3, 16)
+    assert ops.attention_decode(q[:, :, :0], k, v, lengths * 0).shape == (2, 4, 0, 16)
+
+
+def test_opcheck_and_compile():
+    inputs = operands(2, 4, 2, 3, 50, 16)
+    torch.library.opcheck(ops.attention_decode.default, inputs)
+    torch.library.opcheck(ops.attention_decode.out, inputs, {"out": torch.empty_like(inputs[0])})
+    compiled = torch.compile(lambda *a: public(*a) + 1, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*inputs), ref.attention_decode(*inputs) + 1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lengths": torch.tensor([3, 51], dtype=torch.int32)}, "lengths must lie in 3 .. 50"),
+        ({"lengths": torch.tensor([2, 50], dtype=torch.int32)}, "lengths must lie in 3 .. 50"),
+        ({"lengths": torch.tensor([-1, 50], dtype=torch.int32)}, "lengths must lie in 3 .. 50"),
+        ({"lengths": torch.tensor([9, 9])}, "lengths must be contiguous int32"),
+        ({"q": torch.ones(2, 4, 3, 8)}, "k_cache must have the batch and head size"),
+        ({"q": torch.ones(2, 3, 3, 16)}, "k_cache must have a number of heads"),
+        ({"v_cache": torch.ones(2, 2, 50, 16).half()}, "v_cache must have the dtype"),
+        ({"k_cache": torch.ones(2, 2, 50, 16).double()}, "k_cache must be float32"),
+        ({"k_scale": torch.ones(2, 2, 50)}, "k_scale and v_scale must be absent"),
+        ({"sinks": torch.ones(4).half()}, "sinks must be"),
+        ({"window": -1}, "window must be"),
+    ],
+)
+def test_bad_input(change, message):
+    names = ("q", "k_cache", "v_cache", "lengths")
+    good = dict(zip(names, operands(2, 4, 2, 3, 50, 16), strict=False))
+    with pytest.raises(RuntimeError, match=f"attention_decode: {message}"):
+        ops.attention_decode(**(good | change))
+
+
+def test_bad_int8_and_pages():
+    q, k, v, lengths, k_scale, v_scale = operands(2, 4, 2, 1, 32, 16, torch.int8)
+    with pytest.raises(RuntimeError, match="k_scale and v_scale must be given"):
+        ops.attention_decode(q, k, v, lengths)
+    with pytest.raises(RuntimeError, match="k_scale must be float32"):
+        ops.attention_decode(q, k, v, lengths, k_scale[..., :5], v_scale)
+    full = torch.tensor([32, 32], dtype=torch.int32)
+    for entry in (-1, 2):
+        table = torch.tensor([[0], [entry]], dtype=torch.int32)
+        with pytest.raises(RuntimeError, match=r"block_table must hold pages 0 \.\. 1"):
+            ops.attention_decode(q, k, v, full, k_scale, v_scale, block_table=table)

@@ -1,0 +1,130 @@
+import pytest
+import torch
+
+from narrowcast.kernels.kv_append import kv_append_ref as ref
+from tolerances import assert_close
+
+ops = torch.ops.narrowcast
+CACHES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+
+
+def operands(b, h, s, c, d, cache=torch.float32, dtype=torch.float32):
+    k, v = torch.randn(b, h, s, d).to(dtype), torch.randn(b, h, s, d).to(dtype)
+    start = torch.randint(0, c - s + 1, (b,), dtype=torch.int32)
+    caches = [torch.ones(b, h, c, d).to(cache) for _ in "kv"]
+    scales = [torch.ones(b, h, c) for _ in "kv"] if cache == torch.int8 else [None, None]
+    return [*caches, k, v, start, *scales]
+
+
+def tables(positions, half):
+    angles = torch.rand(positions, half) * 6
+    return angles.cos(), angles.sin()
+
+
+def check(arguments, **options):
+    expected = ref.kv_append(*arguments, **options)
+    ops.kv_append(*arguments, **options)
+    got = [arguments[i] for i in (0, 5, 1, 6) if arguments[i] is not None]
+    for x, y in zip(got, expected, strict=True):
+        if x.dtype == torch.int8:  # float64 and float32 turn a value on an edge to either side
+            assert (x.int() - y.int()).abs().max() <= 1
+        else:
+            assert_close(x, y)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2), (2, 3, 5, 17, 24), (3, 2, 1, 40, 64)])
+def test_appends(cache, dtype, shape):
+    check(operands(*shape, cache, dtype))
+    for interleaved in (False, True):
+        cos, sin = tables(shape[3] + 3, shape[4] // 2)
+        check(operands(*shape, cache, dtype), cos=cos, sin=sin, interleaved=interleaved)
+        part = [t[:, : shape[4] // 4].contiguous() for t in (cos, sin)]
+        check(operands(*shape, cache, dtype), cos=part[0], sin=part[1], interleaved=interleaved)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_pages(cache):
+    b, h, s, d, page = 3, 2, 21, 16, 8
+    _, _, k, v, start, _, _ = operands(b, h, s, 64, d, cache)
+    table = torch.randperm(30, dtype=torch.int32)[:24].view(3, 8)
+    caches = [torch.ones(30, h, page, d).to(cache) for _ in "kv"]
+    scales = [torch.ones(30, h, page) for _ in "kv"] if cache == torch.int8 else [None, None]
+    check([*caches, k, v, start, *scales], block_table=table)
+
+
+def test_int8_rounds_as_quantize_int8():
+    arguments = operands(2, 3, 4, 20, 32, torch.int8)
+    arguments[2][0, 0, 0] = 0.0
+    arguments[3][1, 1, 1, 5] = torch.inf
+    ops.kv_append(*arguments)
+    for cache, scale, x in ((0, 5, 2), (1, 6, 3)):
+        q, s = ops.quantize_int8(arguments[x])
+        for b, at in enumerate(arguments[4].tolist()):
+            assert torch.equal(arguments[cache][b, :, at : at + 4], q[b])
+            assert torch.equal(arguments[scale][b, :, at : at + 4], s[b])
+
+
+def test_views_and_empty():
+    arguments = operands(2, 3, 4, 20, 32)
+    merged = torch.randn(2, 4, 2, 3, 32)
+    arguments[2], arguments[3] = (merged[:, :, i].transpose(1, 2) for i in range(2))
+    arguments[0] = torch.ones(2, 20, 3, 40).transpose(1, 2)[..., 4:36]
+    check(arguments)
+    arguments[2] = arguments[2].transpose(2, 3).contiguous().transpose(2, 3)
+    check(arguments)
+    empty = operands(2, 3, 0, 20, 32)
+    check(empty)
+
+
+@pytest.mark.parametrize("cache", [torch.float32, torch.int8])
+def test_opcheck_and_functionalisation(cache):
+    arguments = operands(2, 3, 4, 20, 32, cache)
+    cos, sin = tables(20, 16)
+    torch.library.opcheck(ops.kv_append.default, arguments, {"cos": cos, "sin": sin})
+
+    def step(k_cache, v_cache, *rest):
+        ops.kv_append(k_cache, v_cache, *rest)
+        return k_cache.float().sum() + v_cache.float().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    copies = [None if t is None else t.clone() for t in arguments]
+    assert torch.equal(compiled(*copies), step(*arguments))
+    for x, y in zip(copies, arguments, strict=True):
+        assert x is y or torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"start": torch.tensor([0, 17], dtype=torch.int32)}, "start must lie in 0 .. 16"),
+        ({"start": torch.tensor([-1, 0], dtype=torch.int32)}, "start must lie in 0 .. 16"),
+        ({"start": torch.tensor([0, 0])}, "start must be contiguous int32"),
+        ({"k": torch.ones(2, 3, 4, 16)}, "v must have the dtype and shape of k"),
+        ({"k_cache": torch.ones(2, 3, 20, 16)}, "k_cache must be"),
+        ({"k_cache": torch.ones(1, 3, 20, 32).expand(2, 3, 20, 32)}, "k_cache must have stride 1"),
+        ({"v_cache": torch.ones(2, 3, 21, 32)}, "v_cache must have the dtype and shape"),
+        ({"k_scale": torch.ones(2, 3, 20)}, "k_scale and v_scale must be absent"),
+        ({"cos": torch.ones(19, 16)}, "sin must be"),
+        ({"cos": torch.ones(30, 17), "sin": torch.ones(30, 17)}, "cos must be contiguous float32"),
+        ({"cos": torch.ones(12, 16), "sin": torch.ones(12, 16)}, "cos must have a row for every position"),
+        ({"block_table": torch.ones(2, 3)}, "block_table must be contiguous int32"),
+    ],
+)
+def test_bad_input_writes_nothing(change, message):
+    arguments = operands(2, 3, 4, 20, 32)
+    arguments[4] = torch.tensor([0, 16], dtype=torch.int32)
+    good = dict(zip(("k_cache", "v_cache", "k", "v", "start"), arguments, strict=False)) | change
+    before = good["k_cache"].clone()
+    with pytest.raises(RuntimeError, match=f"kv_append: {message}"):
+        ops.kv_append(**good)
+    assert torch.equal(good["k_cache"], before)
+
+
+def test_overlaps_are_refused():
+    k_cache, v_cache, k, v, start = operands(2, 3, 4, 20, 32)[:5]
+    with pytest.raises(RuntimeError, match="v_cache must not overlap k_cache"):
+        ops.kv_append(k_cache, k_cache, k, v, start)
+    with pytest.raises(RuntimeError, match="k must not overlap a cache"):
+        ops.kv_append(k_cache, v_cache, k_cache[:, :, :4], v, start)
