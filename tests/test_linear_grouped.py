@@ -148,6 +148,15 @@ def test_packed_weights_give_the_same_bits(activation_bits):
             assert torch.equal(out, ops.linear_grouped(x, *w, bias, "relu", activation_bits=activation_bits))
 
 
+def test_activations_are_quantised_as_by_the_quantize_room():
+    x = torch.randn(50, 512)
+    x[3, 4], x[5, 6], x[7], x[8] = math.nan, math.inf, 0.0, x[8] * 1e-38
+    q, scale = ops.quantize_int8(x, 64)
+    expected, expected_scale = ref.quantize_blocks(x, 64)
+    assert torch.equal(q, expected.flatten(-2).to(torch.int8))
+    assert torch.equal(scale, expected_scale.squeeze(-1))
+
+
 def test_empty_and_strided():
     w = weight(10, 64, 32, 4)
     assert ops.linear_grouped(torch.empty(0, 64), *w).shape == (0, 10)

@@ -4,13 +4,13 @@
 // multiple of 32.
 //
 // activation_bits 16: x enters as float32; products and sums in float32.
-// activation_bits 8:  x is quantised inside, symmetric int8 per block of a = gcd(group, 128)
-// elements:
-//     xs = absmax / 127 over finite values (1 for a block of zeros), xq = round_half_even(x / xs)
-//     in -127..127, Inf is +-127, NaN 0. Then, with g = block b's group, c = 8 (bits 4) or 0 (bits
-//     8), exact in int32: y = sum_b xs[m, b] * (scale[n, g] * sum_{k in b} xq * (q - c) +
-//     (offset[n, g] + c * scale[n, g]) * sum xq) (no second term without offset); the sum over b is
-//     float32.
+// activation_bits 8:  x is quantised inside, symmetric int8 per block of a = gcd(group, 128), as
+// quantize/quantize.h does. With g the group of block b and c = 8 (bits 4) or 0 (bits 8):
+//
+//   y = sum_b xs[m, b] * (scale[n, g] * P + (offset[n, g] + c * scale[n, g]) * S)
+//   P = sum_{k in b} xq * (q - c),  S = sum_{k in b} xq
+//
+// P and S are exact in int32; the sum over b is float32. Without offset the second term is 0.
 //
 // Packed weights. A panel holds 16 rows of W; the last one is filled up with zeros. In order:
 //   codes    [K / k4][16] dwords: one dword of each row. bits 4: the 8 codes of 8 successive k, as

@@ -191,13 +191,12 @@ void prepare8_avx512(const GroupedLayout& l, const void* x, DType dtype, int r,
       const __m512 size = _mm512_abs_ps(v[i]);
       most = _mm512_mask_max_ps(most, _mm512_cmp_ps_mask(size, inf, _CMP_LT_OQ), most, size);
     }
-    const float absmax = _mm512_reduce_max_ps(most),
-                scale = absmax == 0.0f ? 1.0f : absmax / 127.0f;
-    const __m512 divisor = _mm512_set1_ps(scale);
+    const float scale = scale_of(_mm512_reduce_max_ps(most));
+    const __m512 inverse = _mm512_set1_ps(1.0f / scale);
     __m512i sums = _mm512_setzero_si512();
     int8_t* to = t.xq + b * l.block * t.ld + 4 * r;
     for (int64_t i = 0; i < pieces; ++i, to += 16 * t.ld) {
-      __m512 y = _mm512_div_ps(v[i], divisor);
+      __m512 y = _mm512_mul_ps(v[i], inverse);
       y = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, y, _CMP_ORD_Q), y);
       y = _mm512_max_ps(_mm512_min_ps(y, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
       const __m512i q = _mm512_cvtps_epi32(y);  // rounds half to even

@@ -24,8 +24,9 @@ def quantize_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     x = x.float().unflatten(-1, (-1, block))
     finite = torch.where(x.isfinite(), x, 0.0)
     absmax = finite.abs().amax(-1, keepdim=True)
-    scale = torch.where(absmax == 0, 1.0, absmax / 127)
-    q = (x / scale).nan_to_num(0.0, math.inf, -math.inf).clamp(-127, 127).round()
+    scale = absmax / 127
+    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
+    q = (x * (1 / scale)).nan_to_num(0.0, math.inf, -math.inf).clamp(-127, 127).round()
     return q, scale
 
 

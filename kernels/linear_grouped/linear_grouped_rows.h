@@ -43,6 +43,12 @@ inline float finite_absmax(const float* x, int64_t block) {
   return float_from_bits(most);
 }
 
+// Below the smallest normal float32 a scale becomes 1, as in the quantize room.
+inline float scale_of(float absmax) {
+  const float scale = absmax / 127.0f;
+  return scale >= 1.17549435e-38f ? scale : 1.0f;
+}
+
 inline const void* advance(const void* p, DType dtype, int64_t count) {
   return static_cast<const uint8_t*>(p) + count * (dtype == DType::kFloat32 ? 4 : 2);
 }
@@ -55,10 +61,10 @@ inline void prepare8(const GroupedLayout& l, const void* x, DType dtype, int r,
     int32_t q[kMaxBlock];
     int8_t codes[kMaxBlock];
     widen(advance(x, dtype, b * l.block), dtype, l.block, v);
-    const float most = finite_absmax(v, l.block), scale = most == 0.0f ? 1.0f : most / 127.0f;
+    const float scale = scale_of(finite_absmax(v, l.block)), inverse = 1.0f / scale;
     int32_t sum = 0;
     for (int64_t i = 0; i < l.block; ++i) {
-      float y = v[i] / scale;
+      float y = v[i] * inverse;
       y = y != y ? 0.0f : y;
       y = y > 127.0f ? 127.0f : y < -127.0f ? -127.0f : y;
       q[i] = static_cast<int32_t>(y + kRound - kRound);
