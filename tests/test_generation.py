@@ -88,7 +88,7 @@ def toy():
     rows = torch.tensor([0, 3, 7])
     shapes = ({0: auto, 1: auto}, {0: auto}, {0: auto}, tuple({0: auto, 2: auto} for _ in caches))
     exported = torch.export.export(module, (*inputs, rows, *caches), dynamic_shapes=shapes)
-    config = {"context": POSITIONS, "eos_token_ids": []}
+    config = {"context": POSITIONS, "eos_token_id": None}
     source = Source(Graph.from_exported(exported), config, {"tokenizer.json": tokenizer_json()})
     return module, source
 
@@ -163,6 +163,12 @@ def test_ends_at_eos_and_at_the_last_position(toy):
     tokens = greedy(module, prompt, 8)
     end = tokens[5]
     assert list(exe.generate_ids(prompt, max_new_tokens=8, eos=[end])) == tokens[: tokens.index(end)]
+    for ids in (end, [end, 0]):
+        exe = Executor(
+            Source(source.graph, {"context": POSITIONS, "eos_token_id": ids}), device="cpu", threads=1
+        )
+        short = list(exe.generate_ids(prompt, max_new_tokens=8))
+        assert short == tokens[: len(short)] and tokens[len(short)] in (end, 0)
     assert list(exe.generate_ids(prompt, max_new_tokens=0)) == []
 
 
@@ -203,6 +209,8 @@ def test_arguments_are_checked(toy):
         exe.generate([{"role": "user", "content": "x"}])
     with pytest.raises(UnsupportedError, match="needs a decoder, this graph is 'generic'"):
         Executor(source.graph, device="cpu", threads=1).generate("x")
+    with pytest.raises(UnsupportedError, match="number of its positions"):
+        Executor(Source(source.graph, {}), device="cpu").generate([1])
     with pytest.raises(UnsupportedError, match="tokenizer"):
         Executor(Source(source.graph, source.config), device="cpu", threads=1).generate("x")
 

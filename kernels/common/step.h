@@ -14,6 +14,11 @@
 
 namespace narrowcast {
 
+// Scratch memory that lives as long as the step which captures it; 64-byte aligned.
+std::shared_ptr<void> aligned_buffer(int64_t bytes);
+// Bytes in all such buffers that are alive.
+int64_t aligned_bytes();
+
 // Weights repacked for this CPU, shared by all programs of a plan: key = canonical data pointer +
 // layout.
 class PackCache {
@@ -22,12 +27,18 @@ class PackCache {
   template <class Make>
   Buffer get(const void* data, const std::string& layout, Make make) {
     Buffer& buffer = buffers_[{data, layout}];
-    if (!buffer) buffer = make();
+    if (!buffer) {
+      const int64_t before = aligned_bytes();
+      buffer = make();
+      bytes_ += aligned_bytes() - before;
+    }
     return buffer;
   }
+  int64_t bytes() const { return bytes_; }
 
  private:
   std::map<std::pair<const void*, std::string>, Buffer> buffers_;
+  int64_t bytes_ = 0;
 };
 
 // One call of an op: its arguments in schema order. Tensors that were not given have rank -1.
@@ -55,10 +66,5 @@ struct RegisterStep {
 
 // nullptr when no room of this build serves op natively.
 StepFactory find_step(const std::string& op);
-
-// Scratch memory that lives as long as the step which captures it; 64-byte aligned.
-std::shared_ptr<void> aligned_buffer(int64_t bytes);
-// Bytes in all such buffers that are alive.
-int64_t aligned_bytes();
 
 }  // namespace narrowcast

@@ -70,7 +70,9 @@ PYBIND11_MODULE(_runtime, m) {
                                     "int32", "int64", "bool");
   m.def("has_native", &Program::has_native);
   m.def("buffer_bytes", &Program::buffer_bytes);
-  py::class_<PackCache>(m, "PackCache").def(py::init<>());
+  py::class_<PackCache>(m, "PackCache")
+      .def(py::init<>())
+      .def_property_readonly("bytes", &PackCache::bytes);
   py::class_<Program>(m, "Program")
       .def(py::init<>())
       .def("__len__", &Program::size)

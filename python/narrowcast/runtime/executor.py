@@ -251,8 +251,8 @@ class Executor:
         """Exact bytes for these inputs' shapes.
 
         arena: every intermediate result and copied input; lower_bound: the least any plan needs;
-        scratch: buffers of the steps, and weights packed while this program was built; folded:
-        precomputed results; weights: the graph's parameters; programs: all prepared shapes.
+        scratch: buffers of the steps; folded: precomputed results; weights: the graph's parameters;
+        packed: their copies in the order of the kernels, made so far; programs: all prepared shapes.
         """
         program = self.program(*inputs)
         return {
@@ -260,6 +260,7 @@ class Executor:
             "lower_bound": program.arena.lower_bound,
             "scratch": program.scratch_bytes,
             "folded": sum(b.bytes for b in program.buffers if b.kind == "folded"),
+            "packed": self._shared.packed.bytes,
             "weights": self._shared.weight_bytes,
             "programs": sum(p.bytes for p in self._programs.values()),
         }

@@ -36,9 +36,9 @@ class Decoder:
         self.executor = executor
         self.config, self.assets = executor.config, executor.assets
         self.layout = executor.cache_layout()
-        if not isinstance(self.config.get("context"), int):
+        self.positions: int = self.config.get("context") or self.config.get("max_position_embeddings") or 0
+        if self.positions < 1:
             raise UnsupportedError('a decoder needs config["context"], the number of its positions')
-        self.positions = self.config["context"]
         self._free: list[KVCache] = []
         self._stepping: tuple[list[Tensor], Program] | None = None
 
@@ -51,11 +51,13 @@ class Decoder:
     @property
     def eos(self) -> frozenset[int]:
         """Token ids that end a sequence."""
-        return frozenset(self.config.get("eos_token_ids", ()))
+        ids = self.config.get("eos_token_id")
+        return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
     def _token_text(self, name: str) -> str:
         token = self.config.get(f"{name}_token_id")
-        return "" if token is None else self.tokenizer.id_to_token(token) or ""
+        token = token[0] if isinstance(token, list) and token else token
+        return self.tokenizer.id_to_token(token) or "" if isinstance(token, int) else ""
 
     def encode(self, prompt: str | Sequence[Any]) -> list[int]:
         """Token ids of a text, of messages (through the chat template), or the ids given."""

@@ -44,17 +44,25 @@ def out_overload(target: torch._ops.OpOverload) -> tuple[torch._ops.OpOverload, 
     return None
 
 
+def _implemented(target: torch._ops.OpOverload, device: torch.device) -> bool:
+    """A room may declare an out form that a device has no kernel for; ATen's all have one."""
+    key = device.type.upper()
+    return target.namespace != "narrowcast" or torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(), key
+    )
+
+
 class Program(Trace):
     """Steps, arena and bindings for inputs of the given shapes."""
 
     def __init__(self, shared: Shared, inputs: Sequence[Tensor]):
         self.loop = _runtime.Program()
-        before = _runtime.buffer_bytes()
+        before = _runtime.buffer_bytes() - shared.packed.bytes
         with torch.no_grad():
             super().__init__(shared, inputs)
             self._plan_memory()
             self._bind(inputs)
-        self.scratch_bytes = _runtime.buffer_bytes() - before
+        self.scratch_bytes = _runtime.buffer_bytes() - shared.packed.bytes - before
 
     def _plan_memory(self) -> None:
         placed = [b for b in self.buffers if b.kind in ("arena", "input")]
@@ -159,7 +167,7 @@ class Program(Trace):
             place, source = places[0], args[0]
             return functools.partial(place.view_as(source).copy_, source)
         form = out_overload(target) if overload else None
-        if form is not None and len(form[1]) == len(places):
+        if form is not None and len(form[1]) == len(places) and _implemented(form[0], self.device):
             return functools.partial(form[0], *args, **kwargs, **dict(zip(form[1], places)))
 
         def compute_and_copy() -> None:
