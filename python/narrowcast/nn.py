@@ -61,7 +61,9 @@ class LinearInt8(nn.Module):
         return cls(weight, scale, linear.bias, **options)
 
     def _cpu_panels(self) -> Tensor:
-        made_from = (self.weight.data_ptr(), self.weight._version, _ops._isa())
+        # An inference tensor does not count its changes.
+        version = None if self.weight.is_inference() else self.weight._version
+        made_from = (self.weight.data_ptr(), version, _ops._isa())
         if self._panels is None or self._made_from != made_from:
             self._panels, self._made_from = _ops._linear_int8_pack(self.weight), made_from
         return self._panels
