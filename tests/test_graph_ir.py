@@ -3,7 +3,7 @@ import operator
 import pytest
 import torch
 
-from narrowcast.errors import ArgumentError
+from narrowcast.errors import ArgumentError, UnsupportedError
 from narrowcast.graph import Graph
 
 
@@ -80,3 +80,74 @@ def test_add_weight_and_call(graph):
 def test_wrong_number_of_inputs(graph):
     with pytest.raises(ArgumentError, match="expected 1 inputs"):
         graph.run()
+
+
+def exported(function, *inputs):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, *inputs):
+            return function(self, *inputs)
+
+    module = Module().eval()
+    return module, torch.export.export(module, inputs)
+
+
+def test_calls_in_place_become_functional():
+    def forward(m, x):
+        y = m.linear(x)
+        part = y[:, :4]
+        part.mul_(2)  # seen through y
+        torch.relu_(y)
+        y[:, 0] = 1
+        return y, part + 1
+
+    module, program = exported(forward, torch.randn(3, 8))
+    graph = Graph.from_exported(program)
+    assert not any(node.target._schema.is_mutable for node in graph.calls())
+    assert list(graph.calls(torch.ops.aten.linear.default))
+    x = torch.randn(3, 8)
+    for ours, expected in zip(graph.run(x), module(x), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_regions_are_inlined():
+    def forward(m, x):
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            y = m.linear(x.float())
+        with torch.no_grad():
+            return torch.relu(y) + x
+
+    module, program = exported(forward, torch.randn(3, 8))
+    graph = Graph.from_exported(program)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(graph.run(x)[0], module(x))
+    assert all(isinstance(node.target, torch._ops.OpOverload) for node in graph.calls())
+
+
+def test_what_cannot_be_a_graph_says_why():
+    def counts(m, x):
+        m.count.add_(1)
+        return x + m.count
+
+    def overwrites(m, x):
+        return x.mul_(2)
+
+    def mixed(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.linear(x)
+
+    def branches(m, x):
+        return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
+
+    for function, message in [
+        (counts, "writes to its buffer count"),
+        (overwrites, "writes to its input"),
+        (mixed, "autocast"),
+        (branches, "control flow"),
+    ]:
+        with pytest.raises(UnsupportedError, match=message):
+            Graph.from_exported(exported(function, torch.randn(3, 8))[1])

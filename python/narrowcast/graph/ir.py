@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from narrowcast.errors import ArgumentError
+from narrowcast.errors import ArgumentError, UnsupportedError
 from narrowcast.formats import GroupedWeight
 
 aten = torch.ops.aten
@@ -79,6 +79,7 @@ class Graph:
         Parameters, buffers and constants become weights under their own names; checks, guards and
         calls that do nothing at inference are dropped.
         """
+        exported = _without_mutation(exported)
         kinds = torch.export.graph_signature.InputKind
         names, user_inputs = {}, set()
         for spec in exported.graph_signature.input_specs:
@@ -91,28 +92,21 @@ class Graph:
         nodes, weights = fx.Graph(), {}
         new: dict[fx.Node, Any] = {}
         for node in exported.graph.nodes:
-            if node.op == "placeholder" and node.name in names:
+            if node.op != "placeholder":
+                break
+            if node.name in names:
                 name = names[node.name]
                 if node.users:
                     weights[name] = state[name].detach()
                     new[node] = nodes.get_attr(name)
-            elif node.op == "placeholder":
-                if node.name in user_inputs and isinstance(node.meta.get("val"), Tensor):
-                    new[node] = nodes.placeholder(node.target)
-                    new[node].meta["val"] = node.meta["val"]
-                elif node.users:
-                    raise ArgumentError(f"input {node.name} must be a tensor")
-            elif node.op == "call_function" and node.target in _CHECKS:
-                continue
-            elif node.op == "call_function" and node.target in _IDENTITIES:
-                new[node] = new[node.args[0]]
-            elif node.op == "output":
-                results = fx.map_arg(node.args[0], lambda n: new[n])
-                results = results if isinstance(results, tuple | list) else (results,)
-                nodes.output(tuple(results))
-            else:
-                new[node] = nodes.node_copy(node, lambda n: new[n])
-                new[node].meta = {"val": node.meta.get("val"), "source": _source(node)}
+                    new[node].meta["val"] = node.meta.get("val")
+            elif node.name in user_inputs and isinstance(node.meta.get("val"), Tensor):
+                new[node] = nodes.placeholder(node.target)
+                new[node].meta["val"] = node.meta["val"]
+            elif node.users:
+                raise ArgumentError(f"input {node.name} must be a tensor")
+        results = _copy_calls(nodes, exported.graph_module, new)
+        nodes.output(_user_outputs(exported, results))
         graph = cls(nodes, weights, native)
         graph.clean()
         return graph
@@ -151,7 +145,8 @@ class Graph:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(w.numel() * w.element_size() for w in self.weights.values())
+        """Bytes of all weights."""
+        return sum(w.nbytes for w in self.weights.values())
 
     # --- changing it ------------------------------------------------------------------------------
 
@@ -163,7 +158,9 @@ class Graph:
             unique = f"{name}_{count}"
         self.weights[unique] = tensor.detach()
         with self.fx.inserting_before(before):
-            return self.fx.get_attr(unique)
+            node = self.fx.get_attr(unique)
+        node.meta["val"] = torch.empty_like(tensor, device="meta")
+        return node
 
     def add_call(self, target: Callable, args: tuple, kwargs: dict | None = None, *, like: fx.Node):
         """A new call before ``like`` that inherits where it came from."""
@@ -241,6 +238,101 @@ def _last_uses(nodes: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     for used, node in last.items():
         result.setdefault(node, []).append(used)
     return result
+
+
+# --- out of an exported program -------------------------------------------------------------------
+
+
+def _without_mutation(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program with in-place ATen calls made functional; ``kv_append`` stays as it is."""
+    calls = [n for g in _graphs(exported.graph_module) for n in g.nodes if n.op == "call_function"]
+    in_place = [n for n in calls if _is_mutable(n.target) and n.target not in MUTATING | _IDENTITIES]
+    if not in_place:
+        return exported
+    if any(n.target in MUTATING for n in calls):
+        node = in_place[0]
+        raise UnsupportedError(
+            f"{node.target} writes in place in a graph with a cache ({_source(node) or node.name}): "
+            "use the form of the call that returns a new tensor"
+        )
+    return exported.run_decompositions({})  # decomposes nothing, but makes every call functional
+
+
+def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            yield part.graph
+
+
+def _is_mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+#: Regions that export wraps into a call of a submodule: where the submodule stands among the arguments.
+_REGIONS = {
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+    torch.ops.higher_order.wrap_with_autocast: 4,
+}
+
+
+def _copy_calls(nodes: fx.Graph, module: fx.GraphModule, new: dict[fx.Node, Any], outer: str = "") -> Any:
+    """Copies the calls of ``module`` into ``nodes``; what its output node returns, in new nodes."""
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or (node.op == "call_function" and node.target in _CHECKS):
+            continue
+        if node.op == "get_attr":  # the submodule of a region
+            new[node] = getattr(module, node.target)
+        elif node.op == "output":
+            return fx.map_arg(node.args[0], new.__getitem__)
+        elif node.op != "call_function":
+            raise UnsupportedError(f"an exported graph may only hold calls, got {node.op} {node.target}")
+        elif node.target in _IDENTITIES:
+            new[node] = new[node.args[0]]
+        elif node.target in _REGIONS:
+            new[node] = _inline(nodes, node, new)
+        elif node.target is operator.getitem and isinstance(new[node.args[0]], tuple):
+            new[node] = new[node.args[0]][node.args[1]]
+        elif not isinstance(node.target, torch._ops.OpOverload) and isinstance(
+            node.target, torch._ops.OperatorBase
+        ):
+            raise UnsupportedError(
+                f"{node.target} at {_source(node) or node.name}: a graph holds plain calls, no control flow; "
+                "export the model without it"
+            )
+        else:
+            new[node] = nodes.node_copy(node, new.__getitem__)
+            new[node].meta = {"val": node.meta.get("val"), "source": _source(node) or outer}
+    raise AssertionError("a graph ends with its output node")
+
+
+def _inline(nodes: fx.Graph, node: fx.Node, new: dict[fx.Node, Any]) -> tuple:
+    """The calls of a no_grad or autocast region, in place of the call of the region."""
+    if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2]:
+        raise UnsupportedError(
+            f"autocast at {_source(node) or node.name}: export the model in the precision it shall have"
+        )
+    at = _REGIONS[node.target]
+    body = new[node.args[at]]
+    inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+    given = [new[x] if isinstance(x, fx.Node) else x for x in node.args[at + 1 :]]
+    return tuple(_copy_calls(nodes, body, new | dict(zip(inner, given)), _source(node)))
+
+
+def _user_outputs(exported: torch.export.ExportedProgram, results: Any) -> tuple:
+    """What the model returns, without the new values of what it wrote to."""
+    kinds = torch.export.graph_signature.OutputKind
+    outputs = []
+    for spec, result in zip(exported.graph_signature.output_specs, results):
+        if spec.kind is kinds.BUFFER_MUTATION:
+            raise UnsupportedError(
+                f"the model writes to its buffer {spec.target}: make it an input and an output"
+            )
+        if spec.kind is kinds.USER_INPUT_MUTATION:
+            raise UnsupportedError(
+                f"the model writes to its input {spec.target}: return the new value instead"
+            )
+        outputs.append(result)
+    return tuple(outputs)
 
 
 def _source(node: fx.Node) -> str:

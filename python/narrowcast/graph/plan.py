@@ -26,7 +26,7 @@ from narrowcast._version import __version__
 from narrowcast.errors import ArgumentError, FormatError, UnsupportedError, VerificationError
 
 from .ir import Graph
-from .serialize import from_json, to_json
+from .serialize import MAX_RANK, from_json, to_json
 
 FORMAT_VERSION = 1
 MAX_HEADER = 64 << 20
@@ -51,6 +51,7 @@ class Plan:
     assets: dict[str, bytes] = field(default_factory=dict)  #: tokenizer.json, chat template, labels
     source: dict[str, Any] = field(default_factory=dict)  #: what it was made from: name, bytes, sha256
     signature: str | None = None  #: Ed25519 over the document, hexadecimal
+    written_by: str = f"narrowcast {__version__}"
     path: Path | None = None  #: the file it was loaded from
 
     @property
@@ -73,7 +74,7 @@ class Plan:
     def _document(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
-            "written_by": f"narrowcast {__version__}",
+            "written_by": self.written_by,
             "kind": self.kind,
             "recipe": self.recipe,
             "config": self.config,
@@ -93,7 +94,7 @@ class Plan:
         document = self._document(tensors)
         if self.signature:
             document["signature"] = self.signature
-        text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = _text(document)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:
@@ -102,6 +103,7 @@ class Plan:
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
+            _sync_folder(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -134,8 +136,12 @@ class Plan:
         parts: dict[str, dict[str, Tensor]] = {"weight": {}, "certificate": {}, "asset": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(":")
-            if kind not in parts:
-                raise FormatError(f"{path} holds a tensor of unknown kind: {name[:80]}")
+            if kind not in parts or tensor.dim() > MAX_RANK:
+                raise FormatError(
+                    f"{path} holds a tensor of unknown kind: {name[:80]} {list(tensor.shape)[:9]}"
+                )
+            if kind == "asset" and (tensor.dtype, tensor.dim()) != (torch.uint8, 1):
+                raise FormatError(f"{path} holds the asset {rest[:80]} as something else than bytes")
             parts[kind][rest] = tensor
         try:
             graph = from_json(document["graph"], parts["weight"])
@@ -152,14 +158,14 @@ class Plan:
             assets={name: t.numpy().tobytes() for name, t in parts["asset"].items()},
             source=document["source"],
             signature=document.get("signature"),
+            written_by=document["written_by"],
             path=path,
         )
 
     # --- signing ----------------------------------------------------------------------------------
 
     def _signed_bytes(self) -> bytes:
-        document = self._document(_unshared(self._tensors()))
-        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        return _text(self._document(_unshared(self._tensors()))).encode()
 
     def sign(self, private_key: bytes) -> None:
         """Signs with a raw 32-byte Ed25519 private key (RFC 8032); needs the package cryptography."""
@@ -180,6 +186,15 @@ class Plan:
             raise VerificationError("the plan was not signed with this key, or was changed since") from error
 
 
+def _text(document: dict[str, Any]) -> str:
+    try:
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"config, record, certificate and source must be plain JSON without NaN: {error}"
+        ) from error
+
+
 def _ed25519():
     try:
         from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -188,6 +203,15 @@ def _ed25519():
             "signatures need the package cryptography: pip install cryptography"
         ) from error
     return ed25519
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name, too, is on disk when save returns."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -223,9 +247,13 @@ def _check_header(path: Path) -> None:
         raise FormatError(f"{path} is not a plan: it does not start with a safetensors header")
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        document = json.loads(text)
+        document = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} holds a document that is not JSON: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("format_version"), int):
@@ -234,15 +262,17 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise UnsupportedError(
             f"{path} has plan format {version} ({str(document.get('written_by'))[:80]}); "
-            f"narrowcast {__version__} reads up to {FORMAT_VERSION}: install the release that wrote it or a newer"
+            f"narrowcast {__version__} reads up to {FORMAT_VERSION}: install the release that wrote it"
         )
     expected = {
         "kind": str, "recipe": str, "config": dict, "record": dict, "certificate": dict, "source": dict,
-        "graph": dict, "sha256": dict,
+        "graph": dict, "sha256": dict, "written_by": str,
     }  # fmt: skip
     for name, kind in expected.items():
         if not isinstance(document.get(name), kind):
             raise FormatError(f"{path} has no valid {name}")
+    if not isinstance(document.get("signature", ""), str):
+        raise FormatError(f"{path} has no valid signature")
     return document
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir import MUTATING, Graph, is_size_call
+from .match import is_view
 
 #: A folded constant may be this much larger than what it was computed from.
 _GROWTH_LIMIT = 1 << 22
@@ -37,11 +38,16 @@ def fold_constants(graph: Graph) -> int:
 
 
 def share_equal_calls(graph: Graph) -> int:
-    """Two equal calls of equal arguments become one; calls with effects never."""
+    """Two equal calls of equal arguments become one; calls with effects, and what reads a cache, never."""
     seen: dict[tuple, fx.Node] = {}
+    caches = {x for node in graph.calls(*MUTATING) for x in node.all_input_nodes if x.op == "placeholder"}
     count = 0
     for node in list(graph.fx.nodes):
         if node.op not in ("call_function", "get_attr") or node.target in MUTATING:
+            continue
+        if not is_size_call(node) and not caches.isdisjoint(node.all_input_nodes):
+            if is_view(node):
+                caches.add(node)
             continue
         key = (node.op, str(node.target), repr(node.args), repr(sorted(node.kwargs.items(), key=str)))
         if key in seen:

@@ -9,13 +9,9 @@ from .match import LAYERS, Layer, argument, aten, calls, commuted, only_user, sa
 
 _SIMPLE = {
     aten.relu.default: "relu",
-    aten.relu_.default: "relu",
     aten.relu6.default: "relu6",
-    aten.relu6_.default: "relu6",
     aten.hardswish.default: "hardswish",
-    aten.hardswish_.default: "hardswish",
     aten.silu.default: "silu",
-    aten.silu_.default: "silu",
 }
 
 
@@ -27,7 +23,7 @@ def activation_name(node: fx.Node) -> str | None:
         return _SIMPLE[node.target]
     if node.target is aten.gelu.default:
         return "gelu_tanh" if argument(node, 1, "approximate", "none") == "tanh" else "gelu"
-    if node.target in (aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default):
+    if node.target in (aten.hardtanh.default, aten.clamp.default):
         bounds = (argument(node, 1, "min", -1.0), argument(node, 2, "max", 1.0))
         return "relu6" if bounds == (0, 6) else None
     if node.target is aten.clamp_min.default:
@@ -56,7 +52,7 @@ def fuse_activation(graph: Graph) -> int:
 def fuse_residual(graph: Graph) -> int:
     """layer(x) + r, r of the same shape and computed no later than the layer runs."""
     count = 0
-    for node in graph.calls(aten.add.Tensor, aten.add_.Tensor):
+    for node in graph.calls(aten.add.Tensor):
         if node.kwargs or len(node.args) != 2:
             continue
         order = {n: i for i, n in enumerate(graph.fx.nodes)}

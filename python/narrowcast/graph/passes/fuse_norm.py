@@ -80,9 +80,10 @@ def fuse_add_norm(graph: Graph) -> int:
         if not isinstance(b, fx.Node) or not same_shape(a, b) or calls(a, *LAYERS):
             continue
         both = graph.add_call(forms[node.target], (a, b, *node.args[1:]), like=total)
-        # The sum moves to where it was computed; the norm's other operands must be there already.
+        # The norm moves up to where its sum was computed: its weights must be there already.
+        order = {n: i for i, n in enumerate(graph.fx.nodes)}
         for operand in node.all_input_nodes:
-            if operand.op == "get_attr":
+            if operand.op == "get_attr" and order[operand] > order[both]:
                 both.prepend(operand)
         normed = graph.add_call(operator.getitem, (both, 0), like=total)
         summed = graph.add_call(operator.getitem, (both, 1), like=total)

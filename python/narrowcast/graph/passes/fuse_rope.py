@@ -12,6 +12,7 @@ from .match import aten, calls, commuted, ops, value
 def fuse_rope(graph: Graph, positions: int = 8192) -> int:
     """``positions``: rows of the constant tables, the largest position a model may be run at."""
     tables: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    expanded: dict[tuple[fx.Node, str], fx.Node] = {}
     count = 0
     for node in graph.calls(aten.add.Tensor):
         matched = _match(node)
@@ -33,8 +34,11 @@ def fuse_rope(graph: Graph, positions: int = 8192) -> int:
             )
         cosines, sines = tables[where]
         if str(value(where).shape[0]) != str(value(x).shape[0]):  # one row of positions for the whole batch
-            batch = graph.add_call(aten.sym_size.int, (x, 0), like=node)
-            where = graph.add_call(aten.expand.default, (where, [batch, -1]), like=node)
+            key = (where, str(value(x).shape[0]))
+            if key not in expanded:
+                batch = graph.add_call(aten.sym_size.int, (x, 0), like=node)
+                expanded[key] = graph.add_call(aten.expand.default, (where, [batch, -1]), like=node)
+            where = expanded[key]
         graph.replace(node, graph.add_call(ops.rope.default, (x, cosines, sines, where), like=node))
         count += 1
     graph.clean()
@@ -104,6 +108,7 @@ _THROUGH = (
     aten.to.device,
     aten.slice.Tensor,
     aten.view.default,
+    aten.reshape.default,
 )
 
 

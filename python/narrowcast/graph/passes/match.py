@@ -16,6 +16,12 @@ def calls(node: Any, *targets) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether the result may share the memory of an argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The node that uses ``node``, when there is exactly one."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -1,4 +1,4 @@
-"""Drops calls that return their input: casts to the same dtype, full slices, x * 1, x + 0."""
+"""Drops calls that return their input: casts to the same dtype, full slices, copies, x * 1, x + 0."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _CASTS = {
     aten.type_as.default,
 }
 _LAYOUT = {aten.contiguous.default, aten.clone.default}
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 _WHOLE = 2**63 - 1
 
 
@@ -26,7 +27,7 @@ def simplify(graph: Graph) -> int:
         if node.target in _CASTS:
             redundant = before.dtype == after.dtype
         elif node.target in _LAYOUT:  # layout is decided by the executor, never by the source
-            redundant = True
+            redundant = x.op != "placeholder"  # a copy of a cache must not see later writes
         elif node.target is aten.slice.Tensor:
             start, end = argument(node, 2, "start") or 0, argument(node, 3, "end", _WHOLE)
             redundant = start == 0 and end == _WHOLE and argument(node, 4, "step", 1) == 1
@@ -41,4 +42,6 @@ def simplify(graph: Graph) -> int:
         if redundant:
             graph.replace(node, x)
             removed += 1
+    for node in graph.calls(*_VIEWS):
+        node.target = aten.reshape.default  # what it views may have lost the copy that made it contiguous
     return removed

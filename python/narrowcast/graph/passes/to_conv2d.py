@@ -54,6 +54,8 @@ def fold_batch_norm(graph: Graph) -> int:
             training = False
         if training or not calls(x, *LAYERS) or only_user(x) is not node:
             continue
+        if calls(x, ops.linear.default) and (value(x) is None or value(x).dim() != 2):
+            continue  # its features are the last dimension, the norm's the second
         layer = Layer(x)
         tensors = [graph.weight(layer["weight"]), graph.weight(mean), graph.weight(variance)]
         if any(t is None for t in tensors) or layer["activation"] != "none" or layer["residual"] is not None:
