@@ -1,0 +1,3 @@
+#include "pool/pool_rows.h"
+
+NC_POOL_KERNEL(avx512)
