@@ -33,5 +33,7 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
 Tensor empty_channels_last(const std::vector<int64_t>& nchw, DType dtype);
 // t itself when its elements lie contiguously, else a contiguous copy.
 Tensor as_contiguous(const Tensor& t);
+// t itself when it is a dense NHWC image of logical shape [N, C, H, W], else a copy that is.
+Tensor as_channels_last(const Tensor& t);
 
 }  // namespace narrowcast

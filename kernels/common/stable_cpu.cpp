@@ -97,4 +97,12 @@ Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+Tensor as_channels_last(const Tensor& t) {
+  const TensorView v = view(t, "image", "x");
+  if (v.rank != 4 || is_channels_last(v)) return t;
+  Tensor copy = empty_channels_last(std::vector<int64_t>(v.sizes, v.sizes + 4), v.dtype);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
 }  // namespace narrowcast

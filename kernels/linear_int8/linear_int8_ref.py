@@ -10,7 +10,7 @@ ACTIVATIONS = {
     "none": lambda x: x,
     "relu": F.relu,
     "relu6": lambda x: x.clamp(0, 6),
-    "hardswish": F.hardswish,
+    "hardswish": lambda x: x * (x + 3).clamp(0, 6) * (1 / 6),  # in the order of activation.h
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

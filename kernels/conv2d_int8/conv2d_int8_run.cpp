@@ -1,0 +1,280 @@
+// Packing, selection and the parallel loops.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "common/parallel.h"
+#include "common/registry.h"
+#include "conv2d_int8/conv2d_int8.h"
+
+namespace narrowcast {
+namespace {
+
+constexpr Variant<const Conv2dInt8Kernel*> kVariants[] = {
+#define KERNEL(name, isa) {#name, isa, &conv2d_int8_##name},
+#include "conv2d_int8/conv2d_int8.inc"
+#undef KERNEL
+};
+NC_VARIANT_LIST(conv2d_int8, const Conv2dInt8Kernel*, kVariants)
+
+constexpr int64_t kAlign = 64, kMaxPixels = 16;
+constexpr int64_t kWorthAThread = 1 << 16;  // multiply-adds
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+bool is_depthwise(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
+  return k.depthwise && s.groups == s.channels && s.out_channels == s.channels && s.groups > 1;
+}
+bool is_grouped(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
+  return s.groups > 1 && !is_depthwise(k, s);
+}
+
+int64_t panel_bytes(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
+  return round_up(s.channels, k.depth_step) * s.kernel_height * s.kernel_width * k.panel;
+}
+
+int64_t weight_bytes(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
+  if (is_depthwise(k, s)) return k.depthwise_bytes(s.channels, s.kernel_height, s.kernel_width);
+  if (is_grouped(k, s))
+    return s.out_channels * (s.channels / s.groups) * s.kernel_height * s.kernel_width;
+  return (s.out_channels + k.panel - 1) / k.panel * panel_bytes(k, s);
+}
+
+// The input with its channels rounded up, when the kernel needs that.
+bool pads_channels(const Conv2dInt8Args& a) {
+  return !a.weights.depthwise && !a.weights.grouped &&
+         a.shape.channels % a.weights.kernel->depth_step != 0;
+}
+
+void run_dense(const Conv2dInt8Args& a, const uint8_t* x, int64_t depth, const uint8_t* zero_row) {
+  const Conv2dInt8Shape& s = a.shape;
+  const Conv2dInt8Kernel& k = *a.weights.kernel;
+  const int64_t taps = s.kernel_height * s.kernel_width,
+                pixels = s.batch * s.out_height * s.out_width;
+  const int64_t panels = (s.out_channels + k.panel - 1) / k.panel;
+  // Blocks of nearly equal width: 5 panels are 3 + 2, not 4 + 1.
+  const int64_t blocks = (panels + k.max_panels - 1) / k.max_panels;
+  const int64_t widest = (panels + blocks - 1) / blocks;
+  const int64_t per_tile = k.pixels_per_tile[widest];
+  const int64_t tiles = (pixels + per_tile - 1) / per_tile;
+  const int64_t bytes = panel_bytes(k, s);
+  const bool pointwise =
+      taps == 1 && s.stride_h == 1 && s.stride_w == 1 && s.padding_h == 0 && s.padding_w == 0;
+  const int64_t work = per_tile * widest * k.panel * depth * taps;
+
+  // Tiles of a block follow one another: its weights stay in the cache.
+  parallel_for(
+      0, blocks * tiles, std::max<int64_t>(1, kWorthAThread / work),
+      [&](int64_t begin, int64_t end) {
+        const uint8_t* stack_rows[kMaxPixels * 64];
+        std::unique_ptr<const uint8_t*[]> heap_rows;
+        const uint8_t** rows = stack_rows;
+        if (taps > 64) {
+          heap_rows.reset(new const uint8_t*[kMaxPixels * taps]);
+          rows = heap_rows.get();
+        }
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t block = unit / tiles, first = unit % tiles * per_tile;
+          const int64_t panel0 = block * panels / blocks, panel1 = (block + 1) * panels / blocks;
+          const int64_t mine = panel1 - panel0, step = k.pixels_per_tile[mine];
+          // A narrower block takes more pixels at a time: walk its tile in the kernel's own steps.
+          for (int64_t p0 = first; p0 < std::min(pixels, first + per_tile); p0 += step) {
+            ConvTile t;
+            t.pixels = std::min(step, std::min(pixels, first + per_tile) - p0);
+            for (int64_t p = 0; p < step; ++p) {
+              const int64_t pixel = p0 + std::min(p, t.pixels - 1);
+              if (pointwise) {
+                rows[p] = x + pixel * depth;
+                continue;
+              }
+              const int64_t n = pixel / (s.out_height * s.out_width),
+                            at = pixel % (s.out_height * s.out_width);
+              const int64_t top = at / s.out_width * s.stride_h - s.padding_h;
+              const int64_t left = at % s.out_width * s.stride_w - s.padding_w;
+              const uint8_t* image = x + n * s.height * s.width * depth;
+              for (int64_t ky = 0; ky < s.kernel_height; ++ky)
+                for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
+                  const int64_t ih = top + ky * s.dilation_h, iw = left + kx * s.dilation_w;
+                  const bool inside = ih >= 0 && ih < s.height && iw >= 0 && iw < s.width;
+                  const int64_t tap = ky * s.kernel_width + kx;
+                  // The portable kernel takes one pixel at a time, so both orders are the same
+                  // there.
+                  rows[tap * step + p] = inside ? image + (ih * s.width + iw) * depth : zero_row;
+                }
+            }
+            t.rows = rows;
+            t.taps = taps, t.depth = depth;
+            t.weights = a.weights.packed + panel0 * bytes, t.panel_bytes = bytes;
+            t.init = a.weights.init;
+            t.flip = a.x_signed ? 0x80808080u : 0;
+            t.first_pixel = p0;
+            t.first_channel = panel0 * k.panel, t.panels = mine;
+            k.tile(t, a.epilogue);
+          }
+        }
+      });
+}
+
+void run_depthwise(const Conv2dInt8Args& a, uint8_t* scratch, const uint8_t* zero_row) {
+  const Conv2dInt8Shape& s = a.shape;
+  const Conv2dInt8Kernel& k = *a.weights.kernel;
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = (s.channels + kBlock - 1) / kBlock, rows = s.batch * s.out_height;
+  const int64_t per_thread =
+      round_up(k.depthwise_scratch(s.width, s.padding_w, s.kernel_height), kAlign);
+  const int64_t block_bytes = k.depthwise_bytes(kBlock, s.kernel_height, s.kernel_width);
+  const int64_t work = s.out_width * kBlock * s.kernel_height * s.kernel_width;
+  // One piece per thread at most: each owns its part of the scratch memory.
+  const int64_t units = blocks * rows;
+  const int64_t pieces = std::clamp<int64_t>(units * work / kWorthAThread, 1,
+                                             std::min<int64_t>(units, thread_count()));
+  parallel_for(0, pieces, 1, [&](int64_t first, int64_t last) {
+    const uint8_t* taps[64];
+    for (int64_t piece = first; piece < last; ++piece)
+      for (int64_t unit = piece * units / pieces; unit < (piece + 1) * units / pieces; ++unit) {
+        const int64_t block = unit / rows, row = unit % rows;
+        const int64_t n = row / s.out_height, top = row % s.out_height * s.stride_h - s.padding_h;
+        for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
+          const int64_t ih = top + ky * s.dilation_h;
+          taps[ky] =
+              ih >= 0 && ih < s.height ? a.x + (n * s.height + ih) * s.width * s.channels : nullptr;
+        }
+        DepthwiseRow d;
+        d.rows = taps;
+        d.zero_points = zero_row;
+        d.weights = a.weights.packed + block * block_bytes;
+        d.init = a.weights.init;
+        d.scratch = scratch + piece * per_thread;
+        d.flip = a.x_signed ? 0x80808080u : 0;
+        d.width = s.width, d.channels = s.channels;
+        d.kernel_height = s.kernel_height, d.kernel_width = s.kernel_width;
+        d.stride = s.stride_w, d.padding = s.padding_w, d.dilation = s.dilation_w;
+        d.out_width = s.out_width, d.first_pixel = row * s.out_width;
+        d.first_channel = block * kBlock, d.count = std::min(kBlock, s.channels - block * kBlock);
+        k.depthwise(d, a.epilogue);
+      }
+  });
+}
+
+// Any groups: plain loops.
+void run_grouped(const Conv2dInt8Args& a) {
+  const Conv2dInt8Shape& s = a.shape;
+  const int64_t depth = s.channels / s.groups, per_group = s.out_channels / s.groups;
+  const int32_t zero = a.x_zero_point;
+  const int64_t work = s.out_width * s.out_channels * depth * s.kernel_height * s.kernel_width;
+  parallel_for(
+      0, s.batch * s.out_height,
+      std::max<int64_t>(1, kWorthAThread / 16 / std::max<int64_t>(work, 1)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          for (int64_t ow = 0; ow < s.out_width; ++ow)
+            for (int64_t o = 0; o < s.out_channels; ++o) {
+              const int64_t n = row / s.out_height, oh = row % s.out_height;
+              int32_t acc = 0;
+              for (int64_t ky = 0; ky < s.kernel_height; ++ky)
+                for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
+                  const int64_t ih = oh * s.stride_h - s.padding_h + ky * s.dilation_h;
+                  const int64_t iw = ow * s.stride_w - s.padding_w + kx * s.dilation_w;
+                  if (ih < 0 || ih >= s.height || iw < 0 || iw >= s.width) continue;
+                  const uint8_t* x = a.x + ((n * s.height + ih) * s.width + iw) * s.channels +
+                                     o / per_group * depth;
+                  const int8_t* w =
+                      a.weights.packed + (o * depth * s.kernel_height + ky) * s.kernel_width + kx;
+                  for (int64_t c = 0; c < depth; ++c) {
+                    const int32_t v = a.x_signed ? static_cast<int8_t>(x[c]) : x[c];
+                    acc += (v - zero) * w[c * s.kernel_height * s.kernel_width];
+                  }
+                }
+              conv2d_int8_finish(a.epilogue, acc, row * s.out_width + ow, o);
+            }
+      });
+}
+
+}  // namespace
+
+const Conv2dInt8Kernel& conv2d_int8_kernel() { return *select_conv2d_int8(); }
+
+int64_t conv2d_int8_packed_bytes(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
+  return round_up(weight_bytes(k, s), kAlign) + 3 * 4 * round_up(s.out_channels, 64) + kAlign;
+}
+
+Conv2dInt8Weights conv2d_int8_weights(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s,
+                                      void* memory) {
+  const int8_t* packed = static_cast<const int8_t*>(memory);
+  const int64_t channels = round_up(s.out_channels, 64);
+  const auto* init =
+      reinterpret_cast<const int32_t*>(packed + round_up(weight_bytes(k, s), kAlign));
+  const auto* scale = reinterpret_cast<const float*>(init + channels);
+  return {&k, is_depthwise(k, s), is_grouped(k, s), packed, init, scale, scale + channels};
+}
+
+Conv2dInt8Weights conv2d_int8_pack(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s,
+                                   const int8_t* w, const float* w_scale, int64_t w_scale_count,
+                                   const float* bias, float x_scale, int32_t x_zero_point,
+                                   bool x_signed, void* memory) {
+  const Conv2dInt8Weights result = conv2d_int8_weights(k, s, memory);
+  int8_t* packed = static_cast<int8_t*>(memory);
+  const int64_t channels = round_up(s.out_channels, 64);
+  int32_t* init = const_cast<int32_t*>(result.init);
+  float *scale = const_cast<float*>(result.scale), *offset = const_cast<float*>(result.bias);
+  const int64_t taps = s.kernel_height * s.kernel_width, depth = s.channels / s.groups;
+  const int32_t zero = x_zero_point + (x_signed ? 128 : 0);
+  for (int64_t o = 0; o < channels; ++o) {
+    int32_t sum = 0;
+    if (o < s.out_channels)
+      for (int64_t i = 0; i < depth * taps; ++i) sum += w[o * depth * taps + i];
+    init[o] = static_cast<int32_t>(-static_cast<int64_t>(zero) * sum);
+    scale[o] = o < s.out_channels ? x_scale * w_scale[w_scale_count == 1 ? 0 : o] : 0.0f;
+    offset[o] = o < s.out_channels && bias ? bias[o] : 0.0f;
+  }
+  if (is_depthwise(k, s)) {
+    k.pack_depthwise(w, s.channels, s.kernel_height, s.kernel_width, packed);
+  } else if (is_grouped(k, s)) {
+    std::memcpy(packed, w, static_cast<size_t>(weight_bytes(k, s)));
+  } else {
+    const int64_t padded = round_up(s.channels, k.depth_step);
+    std::memset(packed, 0, static_cast<size_t>(weight_bytes(k, s)));
+    for (int64_t o = 0; o < s.out_channels; ++o)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t c = 0; c < s.channels; ++c) {
+          const int64_t at = ((tap * padded + c / k.depth_step * k.depth_step) * k.panel +
+                              o % k.panel * k.depth_step) +
+                             c % k.depth_step;
+          packed[o / k.panel * panel_bytes(k, s) + at] = w[(o * s.channels + c) * taps + tap];
+        }
+  }
+  return result;
+}
+
+int64_t conv2d_int8_scratch(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
+  const int64_t zero_row = round_up(round_up(s.channels, 64), kAlign);
+  if (is_depthwise(k, s))
+    return zero_row +
+           thread_count() *
+               round_up(k.depthwise_scratch(s.width, s.padding_w, s.kernel_height), kAlign);
+  if (s.groups == 1 && s.channels % k.depth_step != 0)
+    return zero_row + s.batch * s.height * s.width * round_up(s.channels, k.depth_step);
+  return zero_row;
+}
+
+void conv2d_int8_run(const Conv2dInt8Args& a) {
+  const Conv2dInt8Shape& s = a.shape;
+  if (s.batch * s.out_height * s.out_width * s.out_channels == 0) return;
+  if (a.weights.grouped) return run_grouped(a);
+  uint8_t* zero_row = static_cast<uint8_t*>(a.scratch);
+  const int64_t zero_bytes = round_up(round_up(s.channels, 64), kAlign);
+  std::memset(zero_row, a.x_zero_point, static_cast<size_t>(zero_bytes));
+  uint8_t* rest = zero_row + zero_bytes;
+  if (a.weights.depthwise) return run_depthwise(a, rest, zero_row);
+  if (!pads_channels(a)) return run_dense(a, a.x, s.channels, zero_row);
+  const int64_t depth = round_up(s.channels, a.weights.kernel->depth_step);
+  parallel_for(0, s.batch * s.height * s.width, 8192, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      std::memcpy(rest + p * depth, a.x + p * s.channels, static_cast<size_t>(s.channels));
+      std::memset(rest + p * depth + s.channels, 0, static_cast<size_t>(depth - s.channels));
+    }
+  });
+  run_dense(a, rest, depth, zero_row);
+}
+
+}  // namespace narrowcast
