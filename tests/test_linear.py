@@ -4,6 +4,7 @@ import torch
 from conftest import forced, variants
 from narrowcast.kernels.linear import linear_ref as ref
 from narrowcast.kernels.linear_int8.linear_int8_ref import ACTIVATIONS
+from steps import run_step
 from tolerances import BOUND, assert_close
 
 ops = torch.ops.narrowcast
@@ -153,3 +154,28 @@ def test_foreign_panels_are_refused():
     for bad in (packed[:-1], packed.clone().fill_(0), packed.view(torch.int8)):
         with pytest.raises(RuntimeError, match="linear: packed must be weights"):
             ops._linear_packed(x, bad, 10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("constant", [False, True])
+def test_step(variant, dtype, constant):
+    for m in (3, 130):
+        x, weight = operands(m, 70, 95, dtype)
+        bias, residual = torch.randn(70), torch.randn(m, 70)
+        out = torch.full((m, 70), float("nan"), dtype=dtype)
+        with forced("linear", variant):
+            run_step("linear", [x, weight, bias, residual], [out], [False, constant, True, False],
+                     times=2, activation="gelu", post_activation="relu")  # fmt: skip
+        assert_close(out, ref.linear(x, weight, bias, "gelu", residual, "relu"))
+
+
+def test_step_checks_its_operands():
+    x, weight = operands(4, 10, 32, torch.float32)
+    for w, out, message in (
+        (weight[:, 1:], torch.empty(4, 10), "weight must be"),
+        (weight.T.contiguous().T, torch.empty(4, 10), "evenly spaced rows"),
+        (weight, torch.empty(4, 9), "out must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run_step("linear", [x, w, None, None], [out])

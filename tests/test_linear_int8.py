@@ -4,6 +4,7 @@ import torch
 import narrowcast as nc
 from conftest import forced, variants
 from narrowcast.kernels.linear_int8 import linear_int8_ref as ref
+from steps import run_step
 from tolerances import BOUND, assert_close
 
 ops = torch.ops.narrowcast
@@ -346,3 +347,43 @@ def test_foreign_panels_are_refused():
             ops._linear_dynamic_int8_packed(x, bad, 10, torch.ones(10))
     with pytest.raises(RuntimeError, match="packed must be weights"):
         ops._linear_dynamic_int8_packed(x, packed, 1 << 60, torch.ones(1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("constant", [False, True])
+def test_steps(variant, constant):
+    for m, group_size in ((3, 0), (130, 0), (7, 32)):
+        x_q, x_scale, w_q, w_scale, _ = operands(m, 70, 96, group_size)
+        zero = None if group_size else torch.randint(-9, 9, (m,), dtype=torch.int32)
+        bias, residual, x = torch.randn(70), torch.randn(m, 70), torch.randn(m, 96)
+        out, q = torch.full((m, 70), float("nan")), torch.empty(m, 70, dtype=torch.uint8)
+        dynamic = torch.full((m, 70), float("nan"), dtype=torch.float16)
+        weights = [False, False, constant, constant, False, False, False]
+        inputs, options = [x_q, x_scale, w_q, w_scale, bias, residual, zero], {"group_size": group_size}
+        with forced("linear_int8", variant):
+            run_step("linear_int8", inputs, [out], weights, times=2, activation="relu", **options)
+            run_step("linear_int8_requantize", inputs, [q], weights, out_scale=0.02,
+                     out_zero_point=3, **options)  # fmt: skip
+            run_step("linear_dynamic_int8", [x, w_q, w_scale, bias, residual], [dynamic],
+                     [False, constant, constant, False, False], times=2,
+                     post_activation="relu", **options)  # fmt: skip
+            expected = ops.linear_int8(*inputs[:5], "relu", residual, None, zero, **options)
+            expected_q = ops.linear_int8_requantize(*inputs[:5], "none", residual, 0.02, 3,
+                                                    torch.uint8, zero, **options)  # fmt: skip
+            expected_dynamic = ops.linear_dynamic_int8(x, w_q, w_scale, bias, "none", residual,
+                                                       torch.float16, post_activation="relu",
+                                                       **options)  # fmt: skip
+        assert torch.equal(out, expected) and torch.equal(q, expected_q)
+        assert torch.equal(dynamic, expected_dynamic)
+
+
+def test_step_checks_its_operands():
+    x_q, x_scale, w_q, w_scale, _ = operands(4, 10, 32)
+    rest = [None, None, None]
+    for inputs, message in (
+        ([x_q, x_scale[1:], w_q, w_scale, *rest], "x_scale must be"),
+        ([x_q, x_scale, w_q.T.contiguous().T, w_scale, *rest], "evenly spaced rows"),
+        ([x_q, x_scale, w_q[1:], w_scale, *rest], "w_scale must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run_step("linear_int8", inputs, [torch.empty(4, 10)])
