@@ -1,9 +1,9 @@
 import pytest
 import torch
-from narrowcast.kernels.attention import attention as public
-from narrowcast.kernels.attention import attention_ref as ref
 
 from conftest import forced, variants
+from narrowcast.kernels.attention import attention as public
+from narrowcast.kernels.attention import attention_ref as ref
 from tolerances import BOUND, assert_close
 
 ops = torch.ops.narrowcast
