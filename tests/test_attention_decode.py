@@ -4,6 +4,7 @@ import torch
 from conftest import forced, variants
 from narrowcast.kernels.attention_decode import attention_decode as public
 from narrowcast.kernels.attention_decode import attention_decode_ref as ref
+from steps import run_step
 from tolerances import BOUND, assert_close
 
 ops = torch.ops.narrowcast
@@ -148,3 +149,25 @@ def test_bad_int8_and_pages():
         table = torch.tensor([[0], [entry]], dtype=torch.int32)
         with pytest.raises(RuntimeError, match=r"block_table must hold pages 0 \.\. 1"):
             ops.attention_decode(q, k, v, full, k_scale, v_scale, block_table=table)
+
+
+def test_steps_read_lengths_when_they_run():
+    q, k, v, lengths = operands(2, 4, 2, 1, 300, 32)[:4]
+    none, out = None, torch.empty_like(q)
+    run_step("attention_decode", [q, k, v, lengths, none, none, none, none], [out])
+    assert torch.equal(out, ops.attention_decode(q, k, v, lengths))
+    with pytest.raises(RuntimeError, match="lengths must lie in"):
+        run_step("attention_decode", [q, k, v, lengths + 400, none, none, none, none], [out])
+    k, v = (t[:, :, :9].nan_to_num() for t in (k, v))
+    run_step("attention", [q, k, v, none, none, none, none], [out], causal=True)
+    assert torch.equal(out, ops.attention(q, k, v, causal=True))
+
+
+def test_append_step():
+    caches = [torch.zeros(2, 2, 20, 16) for _ in range(4)]
+    k, v, start = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 16), torch.tensor([0, 17], dtype=torch.int32)
+    run_step("kv_append", [*caches[:2], k, v, start, *[None] * 5], [])
+    ops.kv_append(*caches[2:], k, v, start)
+    assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
+    with pytest.raises(RuntimeError, match="start must lie in"):
+        run_step("kv_append", [*caches[:2], k, v, start + 1, *[None] * 5], [])
