@@ -15,6 +15,7 @@ from narrowcast.graph import Graph
 from narrowcast.importers import gguf, gguf_llama, load_model
 from narrowcast.importers.gguf import GGUFFile
 from narrowcast.importers.gguf_tokenizer import tokenizer_json
+from plain_cache import PlainOps
 
 ops = torch.ops.narrowcast
 
@@ -164,29 +165,6 @@ def test_tokens_equal_llama_cpp():
 
 
 # --- the model --------------------------------------------------------------------------------------
-
-
-class PlainOps:
-    """The cache operations by their formulas, everything else as registered."""
-
-    def __getattr__(self, name):
-        return getattr(ops, name)
-
-    @staticmethod
-    def kv_append(k_cache, v_cache, k, v, start, cos, sin):
-        k = ops.rope(k, cos, sin, start)
-        for b, at in enumerate(start.tolist()):
-            k_cache[b, :, at : at + k.shape[2]] = k[b]
-            v_cache[b, :, at : at + k.shape[2]] = v[b]
-
-    @staticmethod
-    def attention_decode(q, k_cache, v_cache, lengths):
-        keys = torch.arange(k_cache.shape[2])
-        last = (lengths[:, None] - q.shape[2] + torch.arange(q.shape[2])).long()
-        mask = keys[None, None, None] <= last[:, None, :, None]
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k_cache, v_cache, attn_mask=mask, enable_gqa=True
-        )
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -49,7 +49,7 @@ def export(
     except Exception as error:
         raise UnsupportedError(
             f"torch.export cannot trace {type(module).__name__}: {error}\n"
-            "Control flow on tensor values must become torch.cond or torch.where; a size that cannot vary must "
+            "Control flow on tensor values must become torch.cond or torch.where; a fixed size must "
             "be left out of dynamic_shapes; code that is no part of the model belongs outside forward."
         ) from error
     finally:
