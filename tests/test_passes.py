@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from narrowcast.graph import Graph
 from narrowcast.graph.passes import Pass, optimize, run_passes
+from narrowcast.graph.passes.fold import share_equal_calls
 from tolerances import assert_close
 
 ops = torch.ops.narrowcast
@@ -18,7 +20,7 @@ aten = torch.ops.aten
 AUTO = torch.export.Dim.AUTO
 
 
-def fuse(module: nn.Module, *inputs: torch.Tensor, dynamic: bool = True) -> Graph:
+def fuse(module: nn.Module, *inputs: torch.Tensor, dynamic: bool = True, tolerance: float = 1e-5) -> Graph:
     """The fused graph of a module, its result equal to the module's at the exported and at another size."""
     module = module.eval()
     shapes = tuple({0: AUTO} for _ in inputs) if dynamic else None
@@ -33,7 +35,7 @@ def fuse(module: nn.Module, *inputs: torch.Tensor, dynamic: bool = True) -> Grap
         for ours, reference in zip(
             fused.run(*case), expected if isinstance(expected, tuple) else (expected,)
         ):
-            assert_close(ours, reference.double(), 1e-5)
+            assert_close(ours, reference.double(), tolerance)
     return fused
 
 
@@ -177,6 +179,149 @@ def test_constants_are_folded_and_equal_calls_shared():
     module.w = nn.Parameter(torch.randn(4))
     graph = fuse(module, torch.randn(3, 4))
     assert count(graph, aten.exp.default) == 0 and count(graph, aten.sin.default) == 1
+
+
+@pytest.mark.parametrize(
+    "target, formula",
+    [
+        (aten.silu.default, lambda x: x * torch.sigmoid(x)),
+        (aten.gelu.default, lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
+        (aten.gelu.default, lambda x: 0.5 * (x * (torch.erf(x * math.sqrt(0.5)) + 1))),
+        (
+            aten.gelu.default,
+            lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3)))),
+        ),
+        (
+            aten.gelu.default,
+            lambda x: x * (1 + torch.tanh((x * x * x * 0.044715 + x) * math.sqrt(2 / math.pi))) * 0.5,
+        ),
+        (aten.hardswish.default, lambda x: x * F.relu6(x + 3) / 6),
+        (aten.hardswish.default, lambda x: x * torch.clamp(x + 3, 0, 6) * (1 / 6)),
+        (aten.hardswish.default, lambda x: F.hardsigmoid(x) * x),
+    ],
+)
+def test_activations_written_as_formulas(target, formula):
+    graph = fuse(Lambda(lambda m, x: formula(torch.sin(x))), torch.randn(7, 9))
+    assert [node.target for node in graph.calls()] == [aten.sin.default, target]
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda x: x * torch.sigmoid(2 * x),
+        lambda x: x * 0.6 * (1 + torch.erf(x / math.sqrt(2))),
+        lambda x: x * F.relu6(x + 2) / 6,
+        lambda x: 0.5 * x * (1 + torch.tanh(0.9 * (x + 0.044715 * torch.pow(x, 3)))),
+    ],
+)
+def test_other_formulas_stay(formula):
+    graph = fuse(Lambda(lambda m, x: formula(torch.sin(x))), torch.randn(7, 9))
+    assert count(graph) >= 4
+
+
+@pytest.mark.parametrize("form", ["squares", "variance", "rsqrt"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_written_out(form, affine):
+    def forward(m, x):
+        centred = x - x.mean(-1, keepdim=True)
+        if form == "squares":
+            y = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5)
+        elif form == "variance":
+            y = centred / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5)
+        else:
+            y = torch.rsqrt((centred * centred).mean(dim=2, keepdim=True) + 1e-5) * centred
+        return y * m.weight + m.bias if affine else y
+
+    module = Lambda(forward)
+    module.weight, module.bias = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(16))
+    graph = fuse(module, torch.randn(3, 4, 16))
+    assert [node.target for node in graph.calls()] == [ops.layer_norm.default]
+    assert (next(graph.calls()).args[1] is not None) == affine
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda m, y: m.weight.float() * y,
+        lambda m, y: m.weight * y.half(),
+        lambda m, y: (1 + m.weight.float()) * y,
+    ],
+)
+def test_rms_norm_in_half_precision(scale):
+    def forward(m, x):
+        y = x.float()
+        y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + 1e-6)
+        return scale(m, y).half()
+
+    module = Lambda(forward)
+    module.weight = nn.Parameter(torch.randn(16).half())
+    graph = fuse(module, torch.randn(3, 16).half(), tolerance=2e-3)
+    assert [node.target for node in graph.calls()] == [ops.rms_norm.default]
+
+
+@pytest.mark.parametrize("mask_first", [True, False])
+def test_attention_written_out(mask_first):
+    def forward(m, x, mask):
+        q, k, v = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (m.q, m.k, m.v))
+        scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(8)
+        mask = mask[:, None, None]
+        scores = mask + scores if mask_first else scores + mask
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    module = Lambda(forward, q=nn.Linear(32, 32), k=nn.Linear(32, 32), v=nn.Linear(32, 32))
+    graph = fuse(module, torch.randn(2, 5, 32), torch.randn(2, 5))
+    assert count(graph, ops.attention.default) == 1 and count(graph, aten.matmul.default) == 0
+
+
+def test_constants_join_the_bias():
+    module = Lambda(
+        lambda m, x: m.c(F.relu(m.a(x) + m.add)) + m.per_channel, c=nn.Conv2d(4, 6, 1, bias=False)
+    )
+    module.a = nn.Linear(8, 8)
+    module.add, module.per_channel = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(6, 1, 1))
+    graph = fuse(module, torch.randn(2, 4, 8, 8))
+    assert [n.target for n in graph.calls()] == [ops.linear.default, ops.conv2d.default]
+
+
+def test_a_norm_shared_by_two_sums():
+    module = Lambda(lambda m, x, y: m.n(torch.sin(m.n(torch.sin(x) + y)) + y), n=nn.LayerNorm(8))
+    graph = fuse(module, torch.randn(3, 8), torch.randn(3, 8))
+    assert count(graph, ops.add_layer_norm.default) == 2
+
+
+def test_a_batch_norm_over_another_dimension_stays():
+    module = Lambda(lambda m, x: m.n(m.a(x)), a=nn.Linear(8, 8), n=nn.BatchNorm1d(8))
+    module.n.running_mean.normal_()
+    graph = fuse(module, torch.randn(3, 8, 8))
+    assert count(graph) == 2
+    assert count(fuse(module, torch.randn(3, 8))) == 1
+
+
+def test_a_copy_before_a_view_may_go():
+    graph = fuse(Lambda(lambda m, x: x.transpose(0, 1).contiguous().view(-1)), torch.randn(3, 4))
+    assert count(graph, aten.clone.default, aten.contiguous.default) == 0
+
+
+def test_reads_around_a_cache_write_stay_apart():
+    nodes = torch.fx.Graph()
+    k_cache, v_cache, k, start = (nodes.placeholder(n) for n in ("k_cache", "v_cache", "k", "start"))
+    row = nodes.call_function(aten.select.int, (k_cache, 2, 0))
+    before = nodes.call_function(aten.sum.default, (row,))
+    nodes.call_function(ops.kv_append.default, (k_cache, v_cache, k, k, start))
+    row = nodes.call_function(aten.select.int, (k_cache, 2, 0))
+    after = nodes.call_function(aten.sum.default, (row,))
+    nodes.output((before, after))
+    graph = Graph(nodes, {})
+    share_equal_calls(graph)
+    assert count(graph, aten.sum.default) == 2 and count(graph, ops.kv_append.default) == 1
+
+
+def test_report_says_what_and_where():
+    module = Lambda(lambda m, x: F.relu(m.first(x)), first=nn.Linear(8, 12))
+    graph = Graph.from_exported(torch.export.export(module, (torch.randn(3, 8),)))
+    _, report = optimize(graph)
+    assert str(report) == "to_linear 1, fuse_activation 1"
+    assert report.places["to_linear"] == report.places["fuse_activation"] == ["first"]
 
 
 def test_order_is_checked():

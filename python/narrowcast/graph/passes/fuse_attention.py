@@ -1,4 +1,4 @@
-"""aten.scaled_dot_product_attention -> narrowcast.attention, repeated key and value heads undone."""
+"""Attention, as one ATen call or written out -> narrowcast.attention; repeated key and value heads undone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..ir import Graph
-from .match import argument, aten, calls, ops, value
+from .match import argument, aten, calls, ops, scalar, uncast, value
 
 
 def fuse_attention(graph: Graph) -> int:
@@ -29,6 +29,55 @@ def fuse_attention(graph: Graph) -> int:
         count += 1
     graph.clean()
     return count
+
+
+def fuse_written_attention(graph: Graph) -> int:
+    """softmax(scale * q k^T + mask) v, as products and a softmax."""
+    count = 0
+    for node in graph.calls(aten.matmul.default):
+        matched = _written(graph, node)
+        if matched is None:
+            continue
+        q, keys, v, scale, mask = matched
+        keys = graph.add_call(aten.transpose.int, (keys, 2, 3), like=node)
+        keys.meta["val"] = value(keys.args[0]).transpose(2, 3)
+        kwargs = {"scale": scale} if mask is None else {"bias": mask, "scale": scale}
+        graph.replace(node, graph.add_call(ops.attention.default, (q, keys, v), kwargs, like=node))
+        count += 1
+    graph.clean()
+    return count
+
+
+_PRODUCTS = (aten.matmul.default, aten.mul.Tensor, aten.div.Tensor)
+
+
+def _written(graph: Graph, node: fx.Node) -> tuple | None:
+    """(q, k transposed, v, scale, mask) of a product softmax(...) v."""
+    weights, v = uncast(node.args[0]), node.args[1]
+    if not calls(weights, aten.softmax.int, aten._softmax.default) or value(v) is None or value(v).dim() != 4:
+        return None
+    scores, mask, scale = uncast(weights.args[0]), None, 1.0
+    if weights.args[1] not in (-1, 3):
+        return None
+    if calls(scores, aten.add.Tensor) and not scores.kwargs:
+        scores, mask = sorted(scores.args, key=lambda x: not calls(x, *_PRODUCTS))
+        if value(mask) is None or not value(mask).dtype.is_floating_point or value(mask).dim() > 4:
+            return None
+    if calls(scores, *_PRODUCTS[1:]):
+        number = scalar(graph, scores.args[1])
+        if not number:
+            return None
+        scale = number if scores.target is aten.mul.Tensor else 1 / number
+        scores = scores.args[0]
+    if not calls(scores, aten.matmul.default) or any(value(x) is None for x in scores.args):
+        return None
+    q, keys = scores.args
+    lead = [str(size) for size in value(v).shape[:2]]
+    if any(value(x).dim() != 4 or [str(s) for s in value(x).shape[:2]] != lead for x in (q, keys)):
+        return None
+    if len({value(x).dtype for x in (q, keys, v, node)}) != 1:
+        return None
+    return q, keys, v, scale, mask
 
 
 def _additive(graph: Graph, mask: fx.Node, like: fx.Node) -> fx.Node:

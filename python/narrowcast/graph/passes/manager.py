@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from torch import fx
+
 from ..ir import Graph
 from .fold import fold_constants, share_equal_calls
 from .fuse_activation import fuse_activation, fuse_residual
-from .fuse_attention import fuse_attention
+from .fuse_attention import fuse_attention, fuse_written_attention
 from .fuse_gate import fuse_gate
-from .fuse_norm import fuse_add_norm, fuse_layer_norm, fuse_rms_norm
+from .fuse_norm import fuse_add_norm, fuse_layer_norm, fuse_rms_norm, fuse_written_layer_norm
 from .fuse_rope import fuse_rope
 from .merge_linears import merge_linears
 from .simplify import simplify
+from .spelled_out import name_activations
 from .to_conv2d import fold_batch_norm, to_conv2d
-from .to_linear import to_linear
+from .to_linear import fuse_bias, to_linear
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,19 @@ DEFAULT = (
     _pass(simplify, provides="simple"),
     _pass(share_equal_calls),
     _pass(fold_constants),
+    _pass(name_activations, requires="simple", provides="activations"),
     _pass(to_linear, requires="simple", provides="layers"),
     _pass(to_conv2d, requires="simple"),
+    _pass(fuse_bias, requires="layers"),
     _pass(fold_batch_norm, requires="layers", provides="folded"),
     _pass(fuse_rope, requires="simple"),
     _pass(fuse_layer_norm),
+    _pass(fuse_written_layer_norm, requires="simple"),
     _pass(fuse_rms_norm, requires="simple", provides="norms"),
     # Before activations are fused: a gate's silu must not disappear into its layer's epilogue.
-    _pass(fuse_gate, requires="layers", provides="gates"),
+    _pass(fuse_gate, requires="layers activations", provides="gates"),
     _pass(fuse_attention, requires="simple"),
+    _pass(fuse_written_attention, requires="simple layers"),
     _pass(merge_linears, requires="layers gates"),
     _pass(fuse_activation, requires="layers folded gates"),
     _pass(fuse_residual, requires="layers folded gates"),
@@ -63,9 +70,10 @@ DEFAULT = (
 
 @dataclass
 class Report:
-    """How often each pass applied, in order."""
+    """What each pass did, in order."""
 
-    applied: list[tuple[str, int]]
+    applied: list[tuple[str, int]]  #: (pass, how often it applied)
+    places: dict[str, list[str]]  #: pass -> the module paths where it made or changed a call
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {count}" for name, count in self.applied if count)
@@ -74,16 +82,26 @@ class Report:
 def run_passes(graph: Graph, passes: Iterable[Pass]) -> Report:
     """Applies ``passes`` to ``graph`` in place. Raises ValueError when one comes before what it needs."""
     left: set[str] = set()
-    applied = []
+    applied: list[tuple[str, int]] = []
+    places: dict[str, list[str]] = {}
     for step in passes:
         missing = step.requires - left
         if missing:
             raise ValueError(f"pass {step.name} needs {', '.join(sorted(missing))} first")
+        before = _calls(graph)
         applied.append((step.name, step.run(graph)))
+        changed = [node for node, form in _calls(graph).items() if before.get(node) != form]
+        sources = [node.meta.get("source", "") for node in changed]
+        places.setdefault(step.name, []).extend(dict.fromkeys(s for s in sources if s))
         left |= step.provides
     graph.clean()
     graph.fx.lint()
-    return Report(applied)
+    return Report(applied, places)
+
+
+def _calls(graph: Graph) -> dict[fx.Node, tuple]:
+    """What each call calls, and with which options: its operands may be renamed without a change of it."""
+    return {node: (node.target, len(node.args), tuple(node.kwargs)) for node in graph.calls()}
 
 
 def optimize(graph: Graph) -> tuple[Graph, Report]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ir import Graph
+
 aten = torch.ops.aten
 ops = torch.ops.narrowcast
 
@@ -14,6 +16,23 @@ ops = torch.ops.narrowcast
 def calls(node: Any, *targets) -> bool:
     """Whether ``node`` is a call of one of ``targets``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def scalar(graph: Graph, x: Any) -> float | None:
+    """The number that an argument is: a literal, or a weight with a single element."""
+    if isinstance(x, int | float) and not isinstance(x, bool):
+        return float(x)
+    tensor = graph.weight(x)
+    return float(tensor) if tensor is not None and tensor.numel() == 1 and tensor.dim() == 0 else None
+
+
+#: Calls that change the dtype of a tensor and nothing else.
+CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.device, aten.to.dtype_layout)
+
+
+def uncast(node: fx.Node) -> fx.Node:
+    """What ``node`` is a cast of, or ``node``."""
+    return node.args[0] if calls(node, *CASTS) else node
 
 
 def is_view(node: fx.Node) -> bool:

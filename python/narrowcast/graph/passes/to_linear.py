@@ -1,11 +1,11 @@
-"""aten.linear, addmm, mm and matmul by a constant matrix -> narrowcast.linear."""
+"""aten.linear, addmm, mm and matmul by a constant matrix -> narrowcast.linear; constants added to it."""
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..ir import Graph
-from .match import aten, calls, ops, value
+from .match import LAYERS, Layer, aten, calls, commuted, only_user, ops, same_shape, value
 
 
 def to_linear(graph: Graph) -> int:
@@ -30,6 +30,40 @@ def to_linear(graph: Graph) -> int:
         graph.replace(node, graph.add_call(ops.linear.default, (x, weight, bias), like=node))
         count += 1
     return count
+
+
+def fuse_bias(graph: Graph) -> int:
+    """layer(x) + constant, one value per output feature, into the layer's bias."""
+    count = 0
+    for node in graph.calls(aten.add.Tensor):
+        for x, constant in commuted(node):
+            if node.kwargs or not calls(x, *LAYERS) or only_user(x) is not node:
+                continue
+            layer, tensor = Layer(x), graph.weight(constant)
+            if tensor is None or not _is_per_feature(layer, tensor) or not same_shape(x, node):
+                continue
+            if layer["activation"] != "none" or layer["residual"] is not None:
+                continue
+            if tensor.dtype != graph.weight(layer["weight"]).dtype:
+                continue
+            bias = tensor.reshape(-1)
+            if layer["bias"] is not None:
+                bias = (bias.double() + graph.weight(layer["bias"]).double()).to(bias.dtype)
+            name = layer["weight"].target.removesuffix("weight") + "bias"
+            layer.set(bias=graph.add_weight(name, bias.contiguous(), before=x))
+            graph.replace(node, x)
+            count += 1
+            break
+    graph.clean()
+    return count
+
+
+def _is_per_feature(layer: Layer, tensor: Tensor) -> bool:
+    features = layer["weight"].meta["val"].shape[0]
+    axis = -1 if calls(layer.node, ops.linear.default) else -3
+    if tensor.dim() < -axis or tensor.numel() != features:
+        return False
+    return tensor.shape[axis] == features and (value(layer.node).dim() >= tensor.dim())
 
 
 def _transposed(graph: Graph, node: fx.Node) -> fx.Node | None:
