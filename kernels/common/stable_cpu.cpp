@@ -1,5 +1,7 @@
 #include "common/stable.h"
 
+#include "common/image.h"
+
 namespace narrowcast {
 
 DType dtype_of(ScalarType t) {

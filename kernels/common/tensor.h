@@ -29,19 +29,6 @@ inline bool is_contiguous(const TensorView& t) {
   return true;
 }
 
-// Logical [N, C, H, W] that lies in memory as NHWC, without gaps.
-inline bool is_channels_last(const TensorView& t) {
-  if (t.rank != 4) return false;
-  constexpr int order[] = {1, 3, 2, 0};
-  int64_t expected = 1;
-  for (int d : order) {
-    if (t.sizes[d] == 0) return true;
-    if (t.sizes[d] != 1 && t.strides[d] != expected) return false;
-    expected *= t.sizes[d];
-  }
-  return true;
-}
-
 inline bool is_floating(DType t) {
   return t == DType::kFloat32 || t == DType::kFloat16 || t == DType::kBFloat16;
 }

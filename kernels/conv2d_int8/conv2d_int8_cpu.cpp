@@ -1,6 +1,7 @@
 // Where tensors stop: argument checks, the torch ops, the executor's step.
 #include <cmath>
 
+#include "common/image.h"
 #include "common/rows.h"
 #include "common/scratch.h"
 #include "common/stable.h"
