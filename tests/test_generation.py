@@ -10,6 +10,7 @@ from narrowcast.runtime.cache import KVCache, capacity_for, padded_length
 from narrowcast.runtime.sampling import Sampling
 from narrowcast.runtime.text import TextStream, apply_chat_template
 
+ops = torch.ops.narrowcast
 VOCABULARY, WIDTH, HEADS, POSITIONS = 67, 32, 2, 200
 
 
@@ -22,20 +23,17 @@ class Block(nn.Module):
         self.up = nn.Linear(WIDTH, 2 * WIDTH)
         self.down = nn.Linear(2 * WIDTH, WIDTH)
 
-    def forward(self, x, position, k_cache, v_cache):
+    def forward(self, x, start, k_cache, v_cache):
         batch, length = x.shape[:2]
         q, k, v = self.qkv(self.norm(x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        slot = position[:, None, :, None].expand(k.shape)
-        k_cache = k_cache.scatter_(2, slot, k)
-        v_cache = v_cache.scatter_(2, slot, v)
-        seen = torch.arange(k_cache.shape[2])[None, None, None] <= position[:, None, :, None]
-        y = F.scaled_dot_product_attention(q, k_cache, v_cache, seen)
+        ops.kv_append(k_cache, v_cache, k, v, start)
+        y = ops.attention_decode(q, k_cache, v_cache, start + length)
         x = x + self.out(y.transpose(1, 2).reshape(batch, length, -1))
         return x + self.down(F.gelu(self.up(x)))
 
 
 class Toy(nn.Module):
-    """A decoder with the inputs of the contract, in plain torch."""
+    """A decoder with the inputs of the contract."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +48,7 @@ class Toy(nn.Module):
         position = start[:, None].long() + torch.arange(input_ids.shape[1])
         x = self.tokens(input_ids) + self.places(position.clamp(max=POSITIONS - 1))
         for i, block in enumerate(self.blocks):
-            x = block(x, position, *caches[2 * i : 2 * i + 2])
+            x = block(x, start, *caches[2 * i : 2 * i + 2])
         return self.head(x.flatten(0, 1).index_select(0, logit_rows))
 
     def full(self, ids):
@@ -81,7 +79,7 @@ def tokenizer_json():
 @pytest.fixture(scope="module")
 def toy():
     torch.manual_seed(torch.seed())
-    module = Toy().eval()
+    module = Toy().eval().requires_grad_(False)
     auto = torch.export.Dim.AUTO
     caches = [torch.zeros(2, HEADS, 24, WIDTH // HEADS) for _ in range(4)]
     inputs = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, dtype=torch.int32)
