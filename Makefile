@@ -1,5 +1,6 @@
 # One environment, .venv, for every target. A fresh Debian or Ubuntu needs: python3-dev python3-venv g++ make git.
 SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
