@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.errors import ArgumentError, UnsupportedError
+from narrowcast.errors import ArgumentError, Error, UnsupportedError
 
 from .model import Model
 
@@ -46,6 +46,8 @@ def export(
         module.eval()
         with torch.no_grad():
             return torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes)
+    except Error:
+        raise
     except Exception as error:
         raise UnsupportedError(
             f"torch.export cannot trace {type(module).__name__}: {error}\n"
