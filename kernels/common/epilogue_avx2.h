@@ -15,7 +15,10 @@ static inline __m256 load_up_to8(const void* p, int64_t i, DType dtype, int64_t 
 }
 
 static inline __m256 activate8_or_skip(Activation activation, __m256 v) {
-  return activation == Activation::kNone ? v : activate8_far(activation, v);
+  if (activation == Activation::kNone) return v;
+  if (activation > Activation::kRelu6) return activate8_far(activation, v);
+  v = _mm256_max_ps(_mm256_setzero_ps(), v);  // as in activate8: NaN stays NaN
+  return activation == Activation::kRelu ? v : _mm256_min_ps(_mm256_set1_ps(6.0f), v);
 }
 
 static inline void finish8(const Epilogue& e, __m256 v, int64_t m, int64_t n, int64_t count) {

@@ -15,7 +15,9 @@ namespace narrowcast {
 static inline __m512 activate16_or_skip(Activation activation, __m512 v) {
   if (activation == Activation::kNone) [[likely]]
     return v;
-  return activate16_far(activation, v);
+  if (activation > Activation::kRelu6) return activate16_far(activation, v);
+  v = _mm512_max_ps(_mm512_setzero_ps(), v);  // as in activate16: NaN stays NaN
+  return activation == Activation::kRelu ? v : _mm512_min_ps(_mm512_set1_ps(6.0f), v);
 }
 
 static inline void finish16(const Epilogue& e, __m512 v, int64_t m, int64_t n, __mmask16 mask) {
