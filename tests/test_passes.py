@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from narrowcast.formats import GroupedWeight
 from narrowcast.graph import Graph
 from narrowcast.graph.passes import Pass, optimize, run_passes
 from narrowcast.graph.passes.fold import share_equal_calls
@@ -115,6 +116,25 @@ def test_gate_up_merge():
     assert count(graph, ops.linear.default) == 2 and count(graph, ops.silu_mul.default) == 1
 
 
+@pytest.mark.parametrize("bits", [(4, 4), (4, 8)])
+def test_merged_layers_keep_the_form_of_the_file(bits):
+    module = Lambda(lambda m, x: m.q(x) + m.k(x).sin())
+    module.q, module.k = nn.Linear(64, 8, bias=False), nn.Linear(64, 8, bias=False)
+    native = {
+        f"{name}.weight": GroupedWeight(
+            b, 32, torch.randint(0, 256, (8, 8 * b), dtype=torch.uint8), torch.randn(8, 2), torch.randn(8, 2)
+        )
+        for name, b in zip("qk", bits)
+    }
+    for name, form in native.items():
+        module.get_parameter(name).data = form.dequantize()
+    exported = torch.export.export(module, (torch.randn(3, 64),))
+    graph, _ = optimize(Graph.from_exported(exported, native))
+    assert len(graph.native) == count(graph, ops.linear.default) == (1 if bits[0] == bits[1] else 2)
+    for name, form in graph.native.items():
+        assert torch.equal(form.dequantize(), graph.weights[name])
+
+
 def test_norms():
     class RmsNorm(nn.Module):
         def __init__(self):
@@ -152,6 +172,9 @@ def test_rope():
 
     graph = fuse(Rope(), torch.randn(2, 3, 5, 8), torch.randint(0, 100, (2, 5)))
     assert count(graph) == 1 and count(graph, ops.rope.default) == 1
+    exported = torch.export.export(Rope(), (torch.randn(2, 3, 5, 8), torch.zeros(2, 5, dtype=torch.int64)))
+    longer, _ = optimize(Graph.from_exported(exported), positions=100)
+    assert longer.weights["rope.cos"].shape == (100, 4)
 
 
 def test_convolution_batch_norm_residual_activation():
@@ -259,16 +282,19 @@ def test_rms_norm_in_half_precision(scale):
     assert [node.target for node in graph.calls()] == [ops.rms_norm.default]
 
 
-@pytest.mark.parametrize("mask_first", [True, False])
-def test_attention_written_out(mask_first):
+@pytest.mark.parametrize("masks", ["before", "after", "two"])
+def test_attention_written_out(masks):
     def forward(m, x, mask):
         q, k, v = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (m.q, m.k, m.v))
         scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(8)
         mask = mask[:, None, None]
-        scores = mask + scores if mask_first else scores + mask
+        scores = mask + scores if masks == "before" else scores + mask
+        if masks == "two":
+            scores = scores + m.relative[:, : x.shape[1], : x.shape[1]]
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
     module = Lambda(forward, q=nn.Linear(32, 32), k=nn.Linear(32, 32), v=nn.Linear(32, 32))
+    module.relative = nn.Parameter(torch.randn(4, 9, 9))
     graph = fuse(module, torch.randn(2, 5, 32), torch.randn(2, 5))
     assert count(graph, ops.attention.default) == 1 and count(graph, aten.matmul.default) == 0
 
@@ -281,6 +307,37 @@ def test_constants_join_the_bias():
     module.add, module.per_channel = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(6, 1, 1))
     graph = fuse(module, torch.randn(2, 4, 8, 8))
     assert [n.target for n in graph.calls()] == [ops.linear.default, ops.conv2d.default]
+
+
+def test_padding_joins_the_convolution():
+    module = Lambda(lambda m, x: m.c(F.pad(x, (2, 2, 1, 1))), c=nn.Conv2d(4, 6, 3, padding=1))
+    graph = fuse(module, torch.randn(2, 4, 8, 8))
+    assert [n.target for n in graph.calls()] == [ops.conv2d.default]
+    assert next(graph.calls()).args[4] == [2, 3]
+
+
+@pytest.mark.parametrize("sides, value", [((0, 1, 0, 1), 0.0), ((1, 1, 1, 1), 2.0)])
+def test_other_padding_stays(sides, value):
+    module = Lambda(lambda m, x: m.c(F.pad(x, sides, value=value)), c=nn.Conv2d(4, 6, 3))
+    assert count(fuse(module, torch.randn(2, 4, 8, 8)), aten.pad.default) == 1
+
+
+def test_a_layer_between_views_takes_what_follows():
+    def forward(m, x):
+        y = torch.addmm(m.bias, x.view(-1, x.size(-1)), m.weight).view(*x.shape[:-1], 12)
+        return F.gelu(y)
+
+    module = Lambda(forward)
+    module.weight, module.bias = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(12))
+    graph = fuse(module, torch.randn(2, 3, 8))
+    assert [n.target for n in graph.calls() if n.target is not aten.sym_size.int] == [ops.linear.default]
+
+
+def test_a_layer_with_an_activation_is_not_merged():
+    module = Lambda(lambda m, x: (m.q(x), m.k(x), F.gelu(m.f(x))))
+    module.q, module.k, module.f = (nn.Linear(8, 8) for _ in range(3))
+    graph = fuse(module, torch.randn(3, 8))
+    assert count(graph, ops.linear.default) == 2 and count(graph, aten.gelu.default) == 0
 
 
 def test_a_norm_shared_by_two_sums():

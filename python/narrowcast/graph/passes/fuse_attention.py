@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -38,10 +40,14 @@ def fuse_written_attention(graph: Graph) -> int:
         matched = _written(graph, node)
         if matched is None:
             continue
-        q, keys, v, scale, mask = matched
+        q, keys, v, scale, masks = matched
         keys = graph.add_call(aten.transpose.int, (keys, 2, 3), like=node)
         keys.meta["val"] = value(keys.args[0]).transpose(2, 3)
-        kwargs = {"scale": scale} if mask is None else {"bias": mask, "scale": scale}
+        kwargs: dict[str, Any] = {"scale": scale}
+        if masks:
+            kwargs["bias"] = functools.reduce(
+                lambda a, b: graph.add_call(aten.add.Tensor, (a, b), like=node), reversed(masks)
+            )
         graph.replace(node, graph.add_call(ops.attention.default, (q, keys, v), kwargs, like=node))
         count += 1
     graph.clean()
@@ -52,17 +58,18 @@ _PRODUCTS = (aten.matmul.default, aten.mul.Tensor, aten.div.Tensor)
 
 
 def _written(graph: Graph, node: fx.Node) -> tuple | None:
-    """(q, k transposed, v, scale, mask) of a product softmax(...) v."""
+    """(q, k transposed, v, scale, masks) of a product softmax(...) v."""
     weights, v = uncast(node.args[0]), node.args[1]
     if not calls(weights, aten.softmax.int, aten._softmax.default) or value(v) is None or value(v).dim() != 4:
         return None
-    scores, mask, scale = uncast(weights.args[0]), None, 1.0
+    scores, masks, scale = uncast(weights.args[0]), [], 1.0
     if weights.args[1] not in (-1, 3):
         return None
-    if calls(scores, aten.add.Tensor) and not scores.kwargs:
-        scores, mask = sorted(scores.args, key=lambda x: not calls(x, *_PRODUCTS))
+    while calls(scores, aten.add.Tensor) and not scores.kwargs:
+        scores, mask = sorted(scores.args, key=lambda x: not calls(x, *_PRODUCTS, aten.add.Tensor))
         if value(mask) is None or not value(mask).dtype.is_floating_point or value(mask).dim() > 4:
             return None
+        masks.append(mask)
     if calls(scores, *_PRODUCTS[1:]):
         number = scalar(graph, scores.args[1])
         if not number:
@@ -77,7 +84,7 @@ def _written(graph: Graph, node: fx.Node) -> tuple | None:
         return None
     if len({value(x).dtype for x in (q, keys, v, node)}) != 1:
         return None
-    return q, keys, v, scale, mask
+    return q, keys, v, scale, masks
 
 
 def _additive(graph: Graph, mask: fx.Node, like: fx.Node) -> fx.Node:

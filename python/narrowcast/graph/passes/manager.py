@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -18,7 +19,7 @@ from .merge_linears import merge_linears
 from .simplify import simplify
 from .spelled_out import name_activations
 from .to_conv2d import fold_batch_norm, to_conv2d
-from .to_linear import fuse_bias, to_linear
+from .to_linear import drop_views, fuse_bias, to_linear
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ DEFAULT = (
     _pass(name_activations, requires="simple", provides="activations"),
     _pass(to_linear, requires="simple", provides="layers"),
     _pass(to_conv2d, requires="simple"),
+    _pass(drop_views, requires="layers"),
     _pass(fuse_bias, requires="layers"),
     _pass(fold_batch_norm, requires="layers", provides="folded"),
     _pass(fuse_rope, requires="simple"),
@@ -104,8 +106,19 @@ def _calls(graph: Graph) -> dict[fx.Node, tuple]:
     return {node: (node.target, len(node.args), tuple(node.kwargs)) for node in graph.calls()}
 
 
-def optimize(graph: Graph) -> tuple[Graph, Report]:
-    """A fused copy of ``graph`` (see the package's text for its form), and what was fused."""
+def optimize(graph: Graph, *, positions: int = 8192) -> tuple[Graph, Report]:
+    """A fused copy of ``graph`` (see the package's text for its form), and what was fused.
+
+    positions: rows of the rotary tables, one more than the largest position that the graph may be run at.
+    """
     fused = graph.clone()
-    report = run_passes(fused, DEFAULT)
-    return fused, report
+    passes = [_with_positions(step, positions) if step.run is fuse_rope else step for step in DEFAULT]
+    return fused, run_passes(fused, passes)
+
+
+def _with_positions(step: Pass, positions: int) -> Pass:
+    @functools.wraps(step.run)
+    def run(graph: Graph) -> int:
+        return fuse_rope(graph, positions)
+
+    return replace(step, run=run)

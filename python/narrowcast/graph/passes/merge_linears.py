@@ -7,7 +7,8 @@ import torch
 from narrowcast.formats import GroupedWeight
 
 from ..ir import Graph
-from .match import Layer, aten, ops, value
+from .fuse_activation import activation_name
+from .match import Layer, aten, only_user, ops, value
 
 
 def merge_linears(graph: Graph) -> int:
@@ -23,7 +24,10 @@ def merge_linears(graph: Graph) -> int:
 
 
 def _is_plain(layer: Layer) -> bool:
-    # With an epilogue per part there would be nothing to share it.
+    # One epilogue serves all rows of a layer: what has one, or will get one, stays by itself.
+    following = only_user(layer.node)
+    if following is not None and activation_name(following) is not None:
+        return False
     return layer["activation"] == "none" and layer["residual"] is None and layer["post_activation"] == "none"
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 
 import torch
+from torch import fx
 
 from ..ir import Graph
-from .match import LAYERS, Layer, aten, calls, only_user, ops, value
+from .match import LAYERS, Layer, argument, aten, calls, only_user, ops, value
 
 
 def _pair(x) -> list[int]:
@@ -37,10 +38,27 @@ def to_conv2d(graph: Graph) -> int:
             if any(w % 2 for w in whole):
                 continue
             padding = [w // 2 for w in whole]
-        arguments = (x, weight, bias, stride, _pair(padding), dilation, groups)
+        x, padding = _joined_padding(graph, x, _pair(padding))
+        arguments = (x, weight, bias, stride, padding, dilation, groups)
         graph.replace(node, graph.add_call(ops.conv2d.default, arguments, like=node))
         count += 1
+    graph.clean()
     return count
+
+
+def _joined_padding(graph: Graph, x: fx.Node, padding: list[int]) -> tuple[fx.Node, list[int]]:
+    """A call of pad with zeros, the same on opposite sides, as part of the convolution's own padding."""
+    if not calls(x, aten.pad.default, aten.constant_pad_nd.default):
+        return x, padding
+    zeros = x.target is aten.constant_pad_nd.default or argument(x, 2, "mode", "constant") == "constant"
+    number = argument(x, 3 if x.target is aten.pad.default else 2, "value")
+    sides = x.args[1]
+    if not zeros or number not in (None, 0) or len(sides) != 4 or not all(isinstance(s, int) for s in sides):
+        return x, padding
+    left, right, top, bottom = sides
+    if left != right or top != bottom or left < 0 or top < 0:
+        return x, padding
+    return x.args[0], [padding[0] + top, padding[1] + left]
 
 
 def fold_batch_norm(graph: Graph) -> int:

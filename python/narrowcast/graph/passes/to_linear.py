@@ -32,6 +32,27 @@ def to_linear(graph: Graph) -> int:
     return count
 
 
+def drop_views(graph: Graph) -> int:
+    """reshape -> layer -> reshape back becomes the layer alone: it takes any leading sizes."""
+    count = 0
+    for node in graph.calls(ops.linear.default):
+        flat, back = node.args[0], only_user(node)
+        if not calls(flat, aten.reshape.default) or not calls(back, aten.reshape.default):
+            continue
+        x = flat.args[0]
+        if any(value(v) is None for v in (x, flat, node, back)):
+            continue
+        before, after = ([str(size) for size in value(v).shape] for v in (x, back))
+        same = before[:-1] == after[:-1] and before[-1] == str(value(flat).shape[-1])
+        if not same or after[-1] != str(value(node).shape[-1]):
+            continue
+        call = graph.add_call(node.target, (x, *node.args[1:]), dict(node.kwargs), like=node)
+        graph.replace(back, call)
+        count += 1
+    graph.clean()
+    return count
+
+
 def fuse_bias(graph: Graph) -> int:
     """layer(x) + constant, one value per output feature, into the layer's bias."""
     count = 0
