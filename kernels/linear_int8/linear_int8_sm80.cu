@@ -1,0 +1,301 @@
+// linear_int8 on sm_80 and later: int8 tensor cores (mma m16n8k32), fed by asynchronous copies.
+//
+//   y[m, n] = epilogue(sum_k (x[m, k] - x_zero_point[m]) * w[n, k], scales): see linear_int8.h.
+//
+// Work: a block computes a tile kM x kN of y, its warps a grid of warp tiles. K goes by in steps of
+// 64 bytes through a ring of kStages buffers of shared memory. A step needs one barrier: it makes
+// the step's copies visible to all, and shows that all have left the buffer of the step before,
+// which is refilled next. Rows of 64 bytes are stored with their 16-byte chunks permuted by the
+// row, so that the eight rows of an ldmatrix fall into different banks. After the loop the ring
+// holds the tile times its scales in float32, from where rows leave in the order of memory.
+//
+// Numerics: int32 sums are exact; products and sums after them are those of linear_int8.h, compiled
+// with --fmad=false: the same bits as the CPU kernels for none, relu and relu6 without groups.
+// Cost: 2 M N K operations; bytes M K + N K per pass over the tiles.
+//
+// GATE linear_tile: registers <= 255, spills = 0, shared <= 99 KB, contains IMMA LDSM
+#include "common/epilogue.cuh"
+#include "linear_int8/linear_int8_cuda.h"
+
+namespace narrowcast {
+namespace {
+
+constexpr int kStep = 64;   // bytes of K in a buffer
+constexpr int kChunk = 16;  // bytes of one copy
+constexpr int kMmaDepth = 32;
+constexpr int kChunks = kStep / kChunk;
+constexpr int kBand = 8;  // tiles of M that share a column of tiles of w in L2
+
+enum class Sum {
+  kInteger,    // one exact sum over all of K
+  kZeroPoint,  // the same, minus x_zero_point times the sum of w
+  kPieces      // float32 sum of exact pieces: groups, or K over 65536
+};
+
+template <int kRows_, int kColumns_, int kWarpsM_, int kWarpsN_, int kStages_>
+struct Tile {
+  static constexpr int kM = kRows_, kN = kColumns_, kWarpsN = kWarpsN_, kStages = kStages_;
+  static constexpr int kThreads = kWarpsM_ * kWarpsN_ * ptx::kWarp;
+  static constexpr int kWarpM = kM / kWarpsM_, kWarpN = kN / kWarpsN_;
+  static constexpr int kMmaM = kWarpM / 16, kMmaN = kWarpN / 8;
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "ldmatrix.x4 loads 16 rows of w at once");
+  static_assert(kThreads % kChunks == 0, "a thread keeps its chunk of a row");
+};
+using Large = Tile<128, 128, 2, 4, 4>;
+using Medium = Tile<64, 64, 2, 2, 4>;
+using Small = Tile<16, 64, 1, 4, 6>;  // few tokens: the bytes of w decide
+
+template <class T>
+union Shared {
+  struct {
+    alignas(128) int8_t x[T::kStages][T::kM][kStep];
+    alignas(128) int8_t w[T::kStages][T::kN][kStep];
+  } ring;
+  alignas(128) float y[T::kM][T::kN + 4];  // + 4: neighbouring rows in other banks
+};
+
+// Where chunk `chunk` of row `row` lies in its row.
+__device__ __forceinline__ int place(int row, int chunk) {
+  return (chunk ^ (row >> 1 & 3)) * kChunk;
+}
+
+// A matrix of which blocks read kRows rows; rows past `rows` and columns past `depth` read as
+// zeros.
+struct Source {
+  const int8_t* data;
+  int64_t ld, rows, depth;
+};
+
+template <int kRows, int kThreads, bool kAligned>
+__device__ __forceinline__ void copy_rows(int8_t (&to)[kRows][kStep], const Source& from,
+                                          int64_t row0, int64_t k0) {
+  const int chunk = threadIdx.x % kChunks;
+  const int64_t k = k0 + chunk * kChunk, left = from.depth - k;
+  const int exist = left <= 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
+#pragma unroll
+  for (int row = threadIdx.x / kChunks; row < kRows; row += kThreads / kChunks) {
+    const int bytes = row0 + row < from.rows ? exist : 0;
+    const int8_t* source = bytes ? from.data + (row0 + row) * from.ld + k : from.data;
+    int8_t* target = &to[row][place(row, chunk)];
+    if constexpr (kAligned) {
+      ptx::cp_async_16(target, source, bytes);
+    } else {
+      ptx::Words4 words = {};
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        if (i < bytes)
+          words.word[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(source[i])) << i % 4 * 8;
+      ptx::store_shared_128(target, words);
+    }
+  }
+}
+
+// The registers of one warp.
+template <class T, Sum kSum>
+struct Accumulators {
+  int32_t sum[T::kMmaM][T::kMmaN][4] = {};
+  float pieces[kSum == Sum::kPieces ? T::kMmaM : 1][kSum == Sum::kPieces ? T::kMmaN : 1][4] = {};
+  int32_t w_sum[T::kMmaN] = {};  // of column lane / 4 of each mma tile, this lane's share
+};
+
+// One mma depth of the warp tile.
+template <class T, Sum kSum>
+__device__ __forceinline__ void multiply(Accumulators<T, kSum>& acc,
+                                         const int8_t (&x)[T::kM][kStep],
+                                         const int8_t (&w)[T::kN][kStep], int chunk0, int warp_m,
+                                         int warp_n, int lane, bool needs_w_sum) {
+  uint32_t a[T::kMmaM][4], b[T::kMmaN][2];
+#pragma unroll
+  for (int i = 0; i < T::kMmaM; ++i) {
+    const int row = warp_m + i * 16 + lane % 16;
+    ptx::ldmatrix_x4(a[i], &x[row][place(row, chunk0 + lane / 16)]);
+  }
+#pragma unroll
+  for (int j = 0; j < T::kMmaN; j += 2) {
+    const int row = warp_n + j * 8 + lane / 16 * 8 + lane % 8;
+    uint32_t two[4];
+    ptx::ldmatrix_x4(two, &w[row][place(row, chunk0 + lane / 8 % 2)]);
+    b[j][0] = two[0], b[j][1] = two[1];
+    b[j + 1][0] = two[2], b[j + 1][1] = two[3];
+  }
+  if (kSum != Sum::kInteger && needs_w_sum) {
+#pragma unroll
+    for (int j = 0; j < T::kMmaN; ++j)
+      acc.w_sum[j] = ptx::dp4a(b[j][1], 0x01010101u, ptx::dp4a(b[j][0], 0x01010101u, acc.w_sum[j]));
+  }
+#pragma unroll
+  for (int i = 0; i < T::kMmaM; ++i)
+#pragma unroll
+    for (int j = 0; j < T::kMmaN; ++j) ptx::mma_s8_s8(acc.sum[i][j], a[i], b[j]);
+}
+
+// Adds the exact sums of one piece to the float32 sums, by the scale of its group, and starts anew.
+template <class T, Sum kSum>
+__device__ __forceinline__ void end_piece(Accumulators<T, kSum>& acc, const LinearInt8Args& args,
+                                          int64_t m0, int64_t piece, int lane) {
+#pragma unroll
+  for (int i = 0; i < T::kMmaM; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t m = m0 + i * 16 + half * 8 + lane / 4;
+      const float scale =
+          args.group && m < args.rows ? args.x_scale[m * args.x_scale_stride + piece] : 1.0f;
+#pragma unroll
+      for (int j = 0; j < T::kMmaN; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int r = half * 2 + e;
+          acc.pieces[i][j][r] = acc.pieces[i][j][r] + static_cast<float>(acc.sum[i][j][r]) * scale;
+          acc.sum[i][j][r] = 0;
+        }
+    }
+}
+
+template <class T, Sum kSum, bool kAligned>
+__global__ void __launch_bounds__(T::kThreads, 1) linear_tile(LinearInt8Args args) {
+  // setup
+  Shared<T>& shared = ptx::shared_memory<Shared<T>>();
+  const int lane = threadIdx.x % ptx::kWarp, warp = threadIdx.x / ptx::kWarp;
+  const int warp_m = warp / T::kWarpsN * T::kWarpM, warp_n = warp % T::kWarpsN * T::kWarpN;
+  const int64_t tiles_m = (args.rows + T::kM - 1) / T::kM;
+  const int64_t tiles_n = (args.columns + T::kN - 1) / T::kN;
+  const int64_t band = blockIdx.x / (kBand * tiles_n), first = band * kBand;
+  const int64_t high = tiles_m - first < kBand ? tiles_m - first : kBand;
+  const int64_t within = blockIdx.x - first * tiles_n;
+  const int64_t m0 = (first + within % high) * T::kM, n0 = within / high * T::kN;
+  const Source x = {args.x, args.ldx, args.rows, args.depth};
+  const Source w = {args.w, args.ldw, args.columns, args.depth};
+  const int64_t steps = (args.depth + kStep - 1) / kStep;
+  const auto load = [&](int64_t step) {
+    const int stage = static_cast<int>(step % T::kStages);
+    copy_rows<T::kM, T::kThreads, kAligned>(shared.ring.x[stage], x, m0, step * kStep);
+    copy_rows<T::kN, T::kThreads, kAligned>(shared.ring.w[stage], w, n0, step * kStep);
+  };
+  Accumulators<T, kSum> acc;
+  const bool needs_w_sum = args.x_zero_point != nullptr;
+  int64_t piece = 0, left_in_piece = args.piece;
+
+  // load and compute: one group of copies per step, even where no copy is left
+  for (int64_t step = 0; step < T::kStages - 1; ++step) {
+    if (step < steps) load(step);
+    ptx::cp_async_commit();
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<T::kStages - 2>();
+    ptx::sync_threads();
+    if (step + T::kStages - 1 < steps) load(step + T::kStages - 1);
+    ptx::cp_async_commit();
+    const int stage = static_cast<int>(step % T::kStages);
+#pragma unroll
+    for (int part = 0; part < kStep / kMmaDepth; ++part) {
+      multiply<T, kSum>(acc, shared.ring.x[stage], shared.ring.w[stage],
+                        part * (kMmaDepth / kChunk), warp_m, warp_n, lane, needs_w_sum);
+      if constexpr (kSum == Sum::kPieces) {
+        left_in_piece -= kMmaDepth;
+        if (left_in_piece == 0 && piece < args.pieces) {
+          end_piece<T, kSum>(acc, args, m0 + warp_m, piece, lane);
+          ++piece, left_in_piece = args.piece;
+        }
+      }
+    }
+  }
+  if constexpr (kSum == Sum::kPieces)
+    if (piece < args.pieces) end_piece<T, kSum>(acc, args, m0 + warp_m, piece, lane);
+
+  // scale, into shared memory
+  ptx::sync_threads();  // the ring is no longer read
+  float w_scale[T::kMmaN][2];
+  int32_t w_sum[T::kMmaN][2] = {};
+#pragma unroll
+  for (int j = 0; j < T::kMmaN; ++j) {
+    if (kSum != Sum::kInteger && needs_w_sum) {
+      int32_t sum = acc.w_sum[j] + ptx::shuffle_xor(acc.w_sum[j], 1);
+      sum = sum + ptx::shuffle_xor(sum, 2);  // of column lane / 4, in its four lanes
+#pragma unroll
+      for (int e = 0; e < 2; ++e) w_sum[j][e] = ptx::shuffle(sum, (lane % 4 * 2 + e) * 4);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int64_t n = n0 + warp_n + j * 8 + lane % 4 * 2 + e;
+      w_scale[j][e] = n < args.columns ? args.w_scale[n * args.w_scale_stride] : 0.0f;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < T::kMmaM; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_m + i * 16 + half * 8 + lane / 4;
+      const int64_t m = m0 + row;
+      const bool exists = m < args.rows;
+      const float x_scale = exists && !args.group ? args.x_scale[m * args.x_scale_stride] : 1.0f;
+      const int32_t zero = exists && needs_w_sum ? args.x_zero_point[m] : 0;
+#pragma unroll
+      for (int j = 0; j < T::kMmaN; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float v;
+          if constexpr (kSum == Sum::kPieces) {
+            v = acc.pieces[i][j][half * 2 + e];
+            if (needs_w_sum) v = v - static_cast<float>(zero) * static_cast<float>(w_sum[j][e]);
+          } else {
+            v = static_cast<float>(acc.sum[i][j][half * 2 + e] - zero * w_sum[j][e]);
+          }
+          shared.y[row][warp_n + j * 8 + lane % 4 * 2 + e] = v * x_scale * w_scale[j][e];
+        }
+    }
+  ptx::sync_threads();
+
+  // finish and store: neighbouring threads, neighbouring columns
+  for (int i = threadIdx.x; i < T::kM * (T::kN / 4); i += T::kThreads) {
+    const int row = i / (T::kN / 4), column = i % (T::kN / 4) * 4;
+    const int64_t m = m0 + row, n = n0 + column, exist = args.columns - n;
+    if (m >= args.rows || exist <= 0) continue;
+    float v[4] = {shared.y[row][column], shared.y[row][column + 1], shared.y[row][column + 2],
+                  shared.y[row][column + 3]};
+    finish_device(args.epilogue, v, m, n, exist < 4 ? static_cast<int>(exist) : 4);
+  }
+}
+
+template <class T, bool kAligned>
+void launch_tile(const LinearInt8Args& args, Stream stream) {
+  const int64_t tiles = ((args.rows + T::kM - 1) / T::kM) * ((args.columns + T::kN - 1) / T::kN);
+  NC_CHECK(tiles <= 0x7fffffff, "linear_int8", "x and w_q must give at most 2^31 tiles, got ",
+           tiles);
+  static_assert(sizeof(Shared<T>) <= 99 * 1024, "sm_86 has 99 KB a block");
+  const auto run = [&](auto kernel) {
+    launch("linear_int8", kernel, dim3(static_cast<unsigned>(tiles)), dim3(T::kThreads),
+           sizeof(Shared<T>), stream, args);
+  };
+  if (args.group || args.depth > kLinearInt8Exact)
+    run(linear_tile<T, Sum::kPieces, kAligned>);
+  else if (args.x_zero_point)
+    run(linear_tile<T, Sum::kZeroPoint, kAligned>);
+  else
+    run(linear_tile<T, Sum::kInteger, kAligned>);
+}
+
+bool aligned(const int8_t* p, int64_t ld) {
+  return reinterpret_cast<uintptr_t>(p) % kChunk == 0 && ld % kChunk == 0;
+}
+
+}  // namespace
+
+void linear_int8_sm80(const LinearInt8Args& given, Stream stream) {
+  if (given.rows == 0 || given.columns == 0) return;
+  LinearInt8Args args = given;
+  args.piece = args.group ? args.group : kLinearInt8Exact;
+  args.pieces = (args.depth + args.piece - 1) / args.piece;
+  constexpr int64_t kFewTiles = 96;  // fewer leave most of an A100 idle
+  const int64_t large =
+      ((args.rows + Large::kM - 1) / Large::kM) * ((args.columns + Large::kN - 1) / Large::kN);
+  if (!aligned(args.x, args.ldx) || !aligned(args.w, args.ldw))
+    launch_tile<Medium, false>(args, stream);
+  else if (args.rows <= Small::kM)
+    launch_tile<Small, true>(args, stream);
+  else if (large < kFewTiles)
+    launch_tile<Medium, true>(args, stream);
+  else
+    launch_tile<Large, true>(args, stream);
+}
+
+}  // namespace narrowcast

@@ -1,0 +1,85 @@
+"""Builds the emulator's test programs with g++: kernel sources as they are, every load and store watched.
+
+A program is ``tests/emulator/test_<name>.cpp`` with the kernels and CPU references that it compares. What
+is built stays in ``build/emulator`` and is reused while no source changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "emulator"
+
+#: Program -> kernels (watched) and references (plain), relative to kernels/.
+PROGRAMS = {
+    "emulator": ((), ()),
+    "quantize": (("quantize/quantize_sm80.cu",), ("quantize/quantize_generic.cpp",)),
+    "linear_int8": (
+        ("linear_int8/linear_int8_sm80.cu",),
+        ("linear_int8/linear_int8_generic.cpp", "common/activation.cpp"),
+    ),
+}
+MACHINE = ("simt.cpp", "memory.cpp", "hooks.cpp", "ptx_host.cpp")
+
+FLAGS = [
+    *("-std=c++20", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *(f"-I{ROOT / folder}" for folder in ("kernels", "tests", "tests/emulator")),
+]
+#: -fsanitize=thread makes g++ call a hook at every access (hooks.cpp); its own library is not linked.
+WATCHED = ["-O1", "-fsanitize=thread,undefined", "-fno-sanitize-recover=undefined"]
+
+
+COMPILER = os.environ.get("CXX", "g++")
+
+
+def _key() -> str:
+    """Of everything that a program may include."""
+    digest = hashlib.sha256()
+    files = [p for d in ("kernels", "tests/emulator") for p in (ROOT / d).rglob("*")]
+    for path in sorted(files):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp", ".py", ".inc"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_object(source: Path, watched: bool, folder: Path) -> Path:
+    """One object file; a .cu file is C++ here."""
+    target = folder / f"{source.stem}{'.watched' if watched else ''}.o"
+    if not target.exists():
+        partial = target.with_suffix(".partial")
+        flags = WATCHED if watched else ["-O2"]
+        command = [COMPILER, *FLAGS, *flags, "-x", "c++", "-c", source, "-o", partial]
+        subprocess.run([str(part) for part in command], check=True)
+        partial.rename(target)
+    return target
+
+
+def link(objects: list[Path], target: Path) -> Path:
+    subprocess.run([COMPILER, "-fsanitize=undefined", *map(str, objects), "-o", str(target)], check=True)
+    return target
+
+
+def build(name: str, kernels: list[Path] | None = None) -> Path:
+    """The path of the program ``name``; ``kernels`` replaces its kernel sources (the mutation test)."""
+    folder = BUILD / _key()
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in BUILD.iterdir():
+        if old != folder and old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+    watched, plain = PROGRAMS[name]
+    here = ROOT / "tests" / "emulator"
+    replaced = kernels is not None
+    jobs = [(here / source, False) for source in MACHINE]
+    jobs += [(ROOT / "kernels" / source, False) for source in plain]
+    jobs += [(here / f"test_{name}.cpp", name == "emulator")]
+    jobs += [(path, True) for path in kernels or [ROOT / "kernels" / source for source in watched]]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda job: compile_object(*job, folder), jobs))
+    target = folder / f"{name}{'_replaced' if replaced else ''}"
+    return link(objects, target) if replaced or not target.exists() else target
