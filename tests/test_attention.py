@@ -171,3 +171,18 @@ def test_bad_cu_seqlens(cu_q, cu_k, message):
     tensors = (torch.tensor(x, dtype=torch.int32) for x in (cu_q, cu_k))
     with pytest.raises(RuntimeError, match=message):
         ops.attention(q, k, k, None, None, False, 0, 0.0, *tensors)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_values_behind_a_mask_do_not_leak(variant, bad):
+    q, k, v = operands(1, 4, 2, 40, 40, 16, 24)
+    expected = ref.attention(q, k, v, causal=True)
+    k[:, :, 30:], v[:, :, 30:] = bad, bad
+    hidden = torch.zeros(40).masked_fill(torch.arange(40) >= 30, -torch.inf)
+    with forced("attention", variant):
+        out = ops.attention(q, k, v, causal=True)
+        assert_close(out[:, :, :30], expected[:, :, :30])
+        assert out[:, :, 30:].isnan().all()
+        k[:, :, 30:] = 0
+        assert_close(ops.attention(q, k, v, hidden), ref.attention(q, k[:, :, :30], v[:, :, :30]))

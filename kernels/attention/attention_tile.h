@@ -137,25 +137,75 @@ void weigh_values(const float* p, const float* v, int64_t ldv, int64_t keys, con
     for (int n = 0; n < N; ++n) V::store(sums + r * ld + n * V::kWidth, acc[r][n]);
 }
 
+// The same for one row and any values: a weight of 0 takes nothing from a row of NaN or infinity,
+// which stands behind a mask.
+inline void weigh_seen_values(const float* p, const float* v, int64_t ldv, int64_t keys, float keep,
+                              int64_t count, float* sums) {
+  for (int64_t c = 0; c < count; ++c) sums[c] *= keep;
+  for (int64_t j = 0; j < keys; ++j) {
+    const float w = p[j * kAttentionRows];
+    if (w != 0.0f)
+      for (int64_t c = 0; c < count; ++c) sums[c] += w * v[j * ldv + c];
+  }
+}
+
+inline bool all_finite(const float* v, int64_t ldv, int64_t keys, int64_t count) {
+  uint32_t top = 0;
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t c = 0; c < count; ++c) {
+      uint32_t bits;
+      memcpy(&bits, v + j * ldv + c, sizeof bits);
+      bits &= 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+  return top < 0x7f800000u;
+}
+
 inline float bias_at(const AttentionArgs& a, int64_t i) {
   if (a.bias_dtype == DType::kFloat32) return static_cast<const float*>(a.bias)[i];
   const uint16_t h = static_cast<const uint16_t*>(a.bias)[i];
   return a.bias_dtype == DType::kFloat16 ? from_float16(h) : from_bfloat16(h);
 }
 
+// Scores of float rows: q kept transposed, k read where it lies or widened into `keys`.
 template <class V>
-void attention_rows(const AttentionArgs& a, const AttentionItem& it, float* scratch) {
+struct FloatScores {
+  float *q, *keys;
+  // Row r of q, already times the scale.
+  void put(const AttentionArgs& a, int64_t r, const float* line) {
+    for (int64_t d = 0; d < a.depth; ++d) q[d * kAttentionRows + r] = line[d];
+  }
+  void clear(const AttentionArgs& a, int64_t from, int64_t to) {
+    for (int64_t d = 0; d < a.depth; ++d)
+      for (int64_t r = from; r < to; ++r) q[d * kAttentionRows + r] = 0.0f;
+  }
+  void tile(const AttentionArgs& a, const AttentionItem& it, const Sequence& s, int64_t key,
+            int64_t count, int64_t lanes, float* scores) {
+    int64_t ldk;
+    const float* k = rows_of<V>(a, it, s, false, key, count, keys, &ldk);
+    int64_t r = 0;
+    for (; r + 4 * V::kWidth <= lanes; r += 4 * V::kWidth)
+      score_columns<V, 4>(q + r, k, ldk, count, a.depth, scores + r);
+    for (; r + 2 * V::kWidth <= lanes; r += 2 * V::kWidth)
+      score_columns<V, 2>(q + r, k, ldk, count, a.depth, scores + r);
+    for (; r < lanes; r += V::kWidth)
+      score_columns<V, 1>(q + r, k, ldk, count, a.depth, scores + r);
+  }
+};
+
+// Scores: q of a block of rows, and its scores against a tile of keys as [key][row].
+template <class V, class Scores>
+void attention_rows(const AttentionArgs& a, const AttentionItem& it, Scores& source,
+                    float* scratch) {
   using T = typename V::T;
   constexpr int64_t kR = kAttentionRows;
   constexpr float kNone = -INFINITY;
   const Sequence s = sequence_of(a, it.sequence);
   const int64_t group = a.heads / a.kv_heads, ld = round_up(a.v_depth, V::kWidth);
   const int64_t lanes = round_up(it.rows, V::kWidth);
-  float* q = scratch;
-  float* scores = q + a.depth * kR;
+  float* scores = scratch;
   float* sums = scores + kAttentionKeys * kR;
-  float* keys = sums + ld * kR;
-  float* values = keys + kAttentionKeys * a.depth;
+  float* values = sums + ld * kR;
   float* biases = values + kAttentionKeys * ld;
   float* line = biases + kAttentionKeys * kR;
   alignas(64) float top[kR], total[kR], keep[kR];
@@ -182,28 +232,19 @@ void attention_rows(const AttentionArgs& a, const AttentionItem& it, float* scra
                            (s.q0 + i) * a.q_strides.row,
                        a.q_dtype),
                 a.q_dtype, a.scale, a.depth, line);
-    for (int64_t d = 0; d < a.depth; ++d) q[d * kR + r] = line[d];
+    source.put(a, r, line);
     if (a.bias) {
       bias_row[r] = it.sequence * a.bias_strides[0] + h * a.bias_strides[1] + i * a.bias_strides[2];
       same_bias = same_bias && bias_row[r] == bias_row[0];
     }
   }
-  for (int64_t d = 0; d < a.depth; ++d)
-    for (int64_t r = it.rows; r < lanes; ++r) q[d * kR + r] = 0.0f;
+  source.clear(a, it.rows, lanes);
   memset(sums, 0, static_cast<size_t>(round_up(it.rows, 4) * ld) * sizeof(float));
 
   for (int64_t key = lowest; key < highest; key += kAttentionKeys) {
     const int64_t count = highest - key < kAttentionKeys ? highest - key : kAttentionKeys;
-    int64_t ldk, ldv;
-    const float* k = rows_of<V>(a, it, s, false, key, count, keys, &ldk);
-    int64_t r = 0;
-    for (; r + 4 * V::kWidth <= lanes; r += 4 * V::kWidth)
-      score_columns<V, 4>(q + r, k, ldk, count, a.depth, scores + r);
-    for (; r + 2 * V::kWidth <= lanes; r += 2 * V::kWidth)
-      score_columns<V, 2>(q + r, k, ldk, count, a.depth, scores + r);
-    for (; r < lanes; r += V::kWidth)
-      score_columns<V, 1>(q + r, k, ldk, count, a.depth, scores + r);
-
+    source.tile(a, it, s, key, count, lanes, scores);
+    int64_t r = 0, ldv;
     if (a.bias && !same_bias)
       for (r = 0; r < lanes; ++r)
         for (int64_t j = 0; j < count; ++j)
@@ -242,6 +283,11 @@ void attention_rows(const AttentionArgs& a, const AttentionItem& it, float* scra
     }
 
     const float* v = rows_of<V>(a, it, s, true, key, count, values, &ldv);
+    if ((masked || a.bias) && !all_finite(v, ldv, count, a.v_depth)) {
+      for (r = 0; r < it.rows; ++r)
+        weigh_seen_values(scores + r, v, ldv, count, keep[r], a.v_depth, sums + r * ld);
+      continue;
+    }
     for (r = 0; r < it.rows; r += 4) {
       int64_t c = 0;
       for (; c + V::kColumns * V::kWidth <= ld; c += V::kColumns * V::kWidth)
@@ -277,6 +323,13 @@ void attention_rows(const AttentionArgs& a, const AttentionItem& it, float* scra
       a.lse[it.sequence * a.lse_strides.batch + h * a.lse_strides.head +
             (s.q0 + i) * a.lse_strides.row] = total[r] == 0.0f ? kNone : top[r] + logf(total[r]);
   }
+}
+
+template <class V>
+void attention_rows(const AttentionArgs& a, const AttentionItem& it, float* scratch) {
+  float* keys = scratch + a.depth * kAttentionRows;
+  FloatScores<V> scores = {scratch, keys};
+  attention_rows<V>(a, it, scores, keys + kAttentionKeys * a.depth);
 }
 
 }  // namespace

@@ -1,0 +1,42 @@
+"""Softmax attention whose scores are int8 products of smoothed keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.narrowcast
+
+
+def attention_int8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """``attention`` with ``q k^T`` from int8: k less its mean over the sequence, one scale per row.
+
+    ``s[i, j] = qs[i] * ks[j] * (q8[i] . k8[j])`` with ``q8 = round(scale * q / qs)``,
+    ``k8 = round((k - mean) / ks)``, ``qs`` and ``ks`` the largest magnitude of a row over 127.
+    Softmax does not see the mean; where a softcap or sinks do, it is added back. Softmax and the
+    sums over v are float32.
+
+    Arguments, shapes, masks and result are those of ``attention``; D is at most 65536. A row of q
+    or k that holds NaN or infinity turns NaN what sees it, and nothing else.
+
+    A score is off by at most ``qs/2 |k - mean|_1 + ks/2 |scale q|_1 + D qs ks / 4``; for rows of
+    standard normal values ``||out - exact|| <= 0.02 ||exact||``.
+
+    Raises RuntimeError naming the argument. Smoothing of keys: Zhang et al. 2024,
+    arXiv 2410.02367.
+    """
+    return _ops.attention_int8(
+        q, k, v, bias, scale, causal, window, softcap, cu_seqlens_q, cu_seqlens_k, sinks
+    )
