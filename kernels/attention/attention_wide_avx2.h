@@ -29,19 +29,31 @@ struct Wide {
     const __m256i seen = _mm256_andnot_si256(_mm256_cmpgt_epi32(lo, j), _mm256_cmpgt_epi32(hi, j));
     return _mm256_blendv_ps(set(none), x, _mm256_castsi256_ps(seen));
   }
-  static T widen(const char* p, int64_t i, DType dtype) {
+  [[gnu::always_inline]] static T widen(const char* p, int64_t i, DType dtype) {
     if (dtype != DType::kInt8) return load8(p, i, dtype);
     return _mm256_cvtepi32_ps(
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i))));
+  }
+  static T widen_tail(const char* p, int64_t i, DType dtype, int64_t count) {
+    alignas(32) char rest[32] = {};
+    const int64_t size = bytes_of(dtype);
+    memcpy(rest, p + i * size, static_cast<size_t>(count * size));
+    return widen(rest, 0, dtype);
+  }
+  // Lane i of the result: the sum of the 8 floats at p + 8 i.
+  [[gnu::always_inline]] static T reduce(const float* p) {
+    const auto pair = [&](int i) {
+      return _mm256_hadd_ps(_mm256_load_ps(p + 8 * i), _mm256_load_ps(p + 8 * i + 8));
+    };
+    const T a = _mm256_hadd_ps(pair(0), pair(2)), b = _mm256_hadd_ps(pair(4), pair(6));
+    return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   }
   static void load_row(const char* p, DType dtype, float scale, int64_t count, float* to) {
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) store(to + i, mul(widen(p, i, dtype), set(scale)));
     if (i == count) return;
-    alignas(32) char rest[32] = {};
-    const int64_t size = bytes_of(dtype);
-    memcpy(rest, p + i * size, static_cast<size_t>((count - i) * size));
-    store8_tail(to, i, DType::kFloat32, mul(widen(rest, 0, dtype), set(scale)), count - i);
+    store8_tail(to, i, DType::kFloat32, mul(widen_tail(p, i, dtype, count - i), set(scale)),
+                count - i);
   }
   static void store_row(const float* x, float factor, int64_t count, char* to, DType dtype) {
     int64_t i = 0;

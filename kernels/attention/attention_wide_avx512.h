@@ -28,14 +28,44 @@ struct Wide {
                            _mm512_cmplt_epi32_mask(j, _mm512_load_si512(last));
     return _mm512_mask_mov_ps(set(none), seen, x);
   }
+  [[gnu::always_inline]] static T widen(const char* p, int64_t i, DType dtype) {
+    if (dtype == DType::kFloat32) return load(reinterpret_cast<const float*>(p) + i);
+    if (dtype == DType::kInt8)
+      return _mm512_cvtepi32_ps(
+          _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2 * i));
+    if (dtype == DType::kFloat16) return _mm512_cvtph_ps(h);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+  static T widen_tail(const char* p, int64_t i, DType dtype, int64_t count) {
+    const __mmask16 mask = mask16(count);
+    if (dtype != DType::kInt8) return load16(p, i, dtype, mask);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p + i)));
+  }
+  // Lane i of the result: the sum of the 16 floats at p + 16 i.
+  [[gnu::always_inline]] static T reduce(const float* p) {
+    T x[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_load_ps(p + 16 * i);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2)
+      x[i / 2] = add(_mm512_unpacklo_ps(x[i], x[i + 1]), _mm512_unpackhi_ps(x[i], x[i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      const __m512d a = _mm512_castps_pd(x[i]), b = _mm512_castps_pd(x[i + 1]);
+      x[i / 2] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                     _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int n = 2; n > 0; n /= 2)
+      for (int i = 0; i < n; ++i)
+        x[i] = add(_mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x88),
+                   _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xdd));
+    return x[0];
+  }
   static void load_row(const char* p, DType dtype, float scale, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i += 16) {
       const __mmask16 mask = mask16(count - i);
-      const __m512 x =
-          dtype == DType::kInt8
-              ? _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p + i)))
-              : load16(p, i, dtype, mask);
-      _mm512_mask_storeu_ps(to + i, mask, _mm512_mul_ps(x, set(scale)));
+      _mm512_mask_storeu_ps(to + i, mask, mul(widen_tail(p, i, dtype, count - i), set(scale)));
     }
   }
   static void store_row(const float* x, float factor, int64_t count, char* to, DType dtype) {

@@ -45,19 +45,26 @@ struct Wide {
   static T outside(int32_t key, const int32_t* first, const int32_t* last, T a, float none) {
     return each([&](int i) { return first[i] <= key && key < last[i] ? a.x[i] : none; });
   }
+  static float element(const char* p, int64_t i, DType dtype) {
+    float x;
+    uint16_t h;
+    if (dtype == DType::kInt8) return static_cast<signed char>(p[i]);
+    if (dtype == DType::kFloat32) return memcpy(&x, p + 4 * i, sizeof x), x;
+    memcpy(&h, p + 2 * i, sizeof h);
+    return dtype == DType::kFloat16 ? from_float16(h) : from_bfloat16(h);
+  }
+  static T widen(const char* p, int64_t i, DType dtype) {
+    return each([&](int n) { return element(p, i + n, dtype); });
+  }
+  static T widen_tail(const char* p, int64_t i, DType dtype, int64_t count) {
+    return each([&](int n) { return n < count ? element(p, i + n, dtype) : 0.0f; });
+  }
+  // Lane i of the result: the sum of the 4 floats at p + 4 i.
+  static T reduce(const float* p) {
+    return each([&](int i) { return p[4 * i] + p[4 * i + 1] + (p[4 * i + 2] + p[4 * i + 3]); });
+  }
   static void load_row(const char* p, DType dtype, float scale, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) {
-      float x;
-      uint16_t h = 0;
-      if (dtype == DType::kFloat32)
-        memcpy(&x, p + 4 * i, sizeof x);
-      else if (dtype == DType::kInt8)
-        x = static_cast<signed char>(p[i]);
-      else
-        memcpy(&h, p + 2 * i, sizeof h),
-            x = dtype == DType::kFloat16 ? from_float16(h) : from_bfloat16(h);
-      to[i] = x * scale;
-    }
+    for (int64_t i = 0; i < count; ++i) to[i] = element(p, i, dtype) * scale;
   }
   static void store_row(const float* x, float factor, int64_t count, char* to, DType dtype) {
     for (int64_t i = 0; i < count; ++i) {

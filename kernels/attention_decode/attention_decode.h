@@ -27,4 +27,10 @@ void attention_decode_check(const AttentionDecodeArgs& args);
 int64_t attention_decode_partials(const AttentionDecodeArgs& args);
 void attention_decode_run(const AttentionDecodeArgs& args, float* partials);
 
+#define KERNEL(name, isa)                                                                 \
+  void attention_decode_rows_##name(const AttentionArgs& args, const AttentionItem& item, \
+                                    float* scratch);
+#include "attention_decode/attention_decode.inc"
+#undef KERNEL
+
 }  // namespace narrowcast

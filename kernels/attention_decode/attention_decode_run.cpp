@@ -13,8 +13,8 @@ namespace narrowcast {
 namespace {
 
 constexpr Variant<AttentionFn> kVariants[] = {
-#define KERNEL(name, isa) {#name, isa, &attention_rows_##name},
-#include "attention/attention.inc"
+#define KERNEL(name, isa) {#name, isa, &attention_decode_rows_##name},
+#include "attention_decode/attention_decode.inc"
 #undef KERNEL
 };
 NC_VARIANT_LIST(attention_decode, AttentionFn, kVariants)
@@ -90,7 +90,7 @@ void attention_decode_run(const AttentionDecodeArgs& args, float* partials) {
   };
   int64_t items = 0, keys = 0;
   for (int64_t b = 0; b < a.batch; ++b) items += items_of(b), keys += a.lengths[b];
-  const int64_t width = std::max<int64_t>(rows, kDecodeRows);
+  const int64_t width = rows <= 4 ? 2 * rows : std::max<int64_t>(rows, kDecodeRows);
   const int64_t products = a.kv_heads * keys * width * (a.depth + a.v_depth + 1);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, products / items));
   const int64_t step = rows * (a.v_depth + 2);  // of one chunk
