@@ -56,11 +56,10 @@ struct Wide {
       x[i / 2] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
                      _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    for (int n = 2; n > 0; n /= 2)
-      for (int i = 0; i < n; ++i)
-        x[i] = add(_mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x88),
-                   _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xdd));
-    return x[0];
+    const auto halves = [](T a, T b) {
+      return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return halves(halves(x[0], x[1]), halves(x[2], x[3]));
   }
   static void load_row(const char* p, DType dtype, float scale, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i += 16) {
