@@ -78,6 +78,13 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
   m.def("gelu_mul.out(Tensor gate, Tensor up, str approximate=\"none\", *, Tensor(a!) out) -> ()");
   m.def("gelu_mul_int8(Tensor gate, Tensor up, str approximate=\"none\", int group_size=0) -> (Tensor q, Tensor scale)");
 
+  // compiled CUDA kernels, which the public ops may choose; findings int64 [2]: NaNs, values not finite
+  m.def("_quantize_int8_cuda(Tensor x, int group_size, Tensor(a!) findings) -> (Tensor q, Tensor scale)");
+  m.def("_quantize_int8_asymmetric_cuda(Tensor x, Tensor(a!) findings) -> (Tensor q, Tensor scale, Tensor zero_point)");
+  m.def("_quantize_int8_static_cuda(Tensor x, float scale, int zero_point, ScalarType dtype, Tensor(a!) findings) -> Tensor");
+  m.def("_linear_int8_cuda(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, Tensor? bias, str activation, Tensor? residual, ScalarType? out_dtype, Tensor? x_zero_point, int group_size, str post_activation) -> Tensor");
+  m.def("_linear_int8_requantize_cuda(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, Tensor? bias, str activation, Tensor? residual, float out_scale, int out_zero_point, ScalarType out_dtype, Tensor? x_zero_point, int group_size, str post_activation) -> Tensor");
+
   // the machinery: which kernels exist, and forcing one (tests and benchmarks)
   m.def("_op_variants(str op) -> str");
   m.def("_force_variant(str op, str variant) -> ()");

@@ -88,7 +88,7 @@ def included(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
 
 
-CPP = sorted([*KERNELS.rglob("*.cpp"), *KERNELS.rglob("*.h")])
+CPP = sorted(p for suffix in ("cpp", "h", "cu", "cuh") for p in KERNELS.rglob(f"*.{suffix}"))
 ISA_SUFFIXES = ("_generic", "_avx2", "_avx512", "_avx512bf16", "_amx")
 C_HEADERS = {"immintrin.h", "cstdint", "cstring", "cmath", "string.h", "stdint.h", "math.h", "cstddef"}
 
@@ -98,11 +98,13 @@ def test_includes(path):
     stem = path.stem
     for name in included(path):
         if name.startswith(("torch/", "ATen/", "c10/")):
-            only_door = path == KERNELS / "common" / "stable.h" or path.name == "parallel_cpu.cpp"
+            doors = ("stable.h", "stable_cuda.h", "parallel_cpu.cpp")
+            only_door = path.parent == KERNELS / "common" and path.name in doors
             assert only_door and name.startswith("torch/csrc/stable/"), f"includes {name}"
-        if name == "common/stable.h":
-            assert path.parent.name == "common" or stem.endswith("_cpu") or stem == "library", (
-                "tensors stop in <op>_cpu.cpp"
+        if name in ("common/stable.h", "common/stable_cuda.h"):
+            stops = stem.endswith(("_cpu", "_cuda", "_checks")) and path.name != f"{path.parent.name}_cuda.h"
+            assert path.parent.name == "common" or stops or stem == "library", (
+                "tensors stop in <op>_cpu.cpp and <op>_cuda.cu"
             )
         assert "python" not in name and "runtime" not in name, "kernels know nothing of the graph"
     if path.suffix == ".cpp" and stem.endswith(ISA_SUFFIXES[1:]):

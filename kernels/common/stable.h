@@ -1,5 +1,6 @@
 // The only header that includes torch: the LibTorch Stable ABI, and the way from its tensors to a
-// TensorView.
+// TensorView. In the CPU library its tensors are on the CPU, in the CUDA library on the current
+// GPU.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +18,7 @@ namespace narrowcast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// View of a CPU tensor given as argument `argument` of `op`. Refuses other devices and ranks over
+// View of a tensor given as argument `argument` of `op`. Refuses other devices and ranks over
 // kMaxRank.
 TensorView view(const Tensor& t, const char* op, const char* argument);
 TensorView view(const std::optional<Tensor>& t, const char* op, const char* argument);
@@ -25,11 +26,11 @@ TensorView view(const std::optional<Tensor>& t, const char* op, const char* argu
 ScalarType scalar_type(DType t);
 DType dtype_of(ScalarType t);
 
-// A new CPU tensor, contiguous.
+// A new tensor, contiguous.
 Tensor empty(const std::vector<int64_t>& sizes, DType dtype);
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      DType dtype);
-// A new CPU tensor of logical shape [N, C, H, W] that lies in memory as NHWC.
+// A new tensor of logical shape [N, C, H, W] that lies in memory as NHWC.
 Tensor empty_channels_last(const std::vector<int64_t>& nchw, DType dtype);
 // t itself when its elements lie contiguously, else a contiguous copy.
 Tensor as_contiguous(const Tensor& t);

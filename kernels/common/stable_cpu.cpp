@@ -1,56 +1,9 @@
+// The part of stable.h that knows where tensors are: on the CPU.
 #include "common/stable.h"
 
 #include "common/image.h"
 
 namespace narrowcast {
-
-DType dtype_of(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::Char:
-      return DType::kInt8;
-    case ScalarType::Byte:
-      return DType::kUInt8;
-    case ScalarType::Int:
-      return DType::kInt32;
-    case ScalarType::Long:
-      return DType::kInt64;
-    case ScalarType::Bool:
-      return DType::kBool;
-    default:
-      return DType::kOther;
-  }
-}
-
-ScalarType scalar_type(DType t) {
-  switch (t) {
-    case DType::kFloat32:
-      return ScalarType::Float;
-    case DType::kFloat16:
-      return ScalarType::Half;
-    case DType::kBFloat16:
-      return ScalarType::BFloat16;
-    case DType::kFloat64:
-      return ScalarType::Double;
-    case DType::kInt8:
-      return ScalarType::Char;
-    case DType::kUInt8:
-      return ScalarType::Byte;
-    case DType::kInt32:
-      return ScalarType::Int;
-    case DType::kInt64:
-      return ScalarType::Long;
-    default:
-      return ScalarType::Bool;
-  }
-}
 
 TensorView view(const Tensor& t, const char* op, const char* argument) {
   NC_CHECK(t.is_cpu(), op, argument, " must be on the CPU like the op's other tensors");
@@ -65,10 +18,6 @@ TensorView view(const Tensor& t, const char* op, const char* argument) {
   return v;
 }
 
-TensorView view(const std::optional<Tensor>& t, const char* op, const char* argument) {
-  return t ? view(*t, op, argument) : TensorView{};
-}
-
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      DType dtype) {
   AtenTensorHandle handle = nullptr;
@@ -79,24 +28,10 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   return Tensor(handle);
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, DType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = step;
-    step *= std::max<int64_t>(sizes[d], 1);
-  }
-  return empty_strided(sizes, strides, dtype);
-}
-
 Tensor empty_channels_last(const std::vector<int64_t>& s, DType dtype) {
   const int64_t c = std::max<int64_t>(s[1], 1), h = std::max<int64_t>(s[2], 1),
                 w = std::max<int64_t>(s[3], 1);
   return empty_strided(s, {h * w * c, 1, w * c, c}, dtype);
-}
-
-Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 Tensor as_channels_last(const Tensor& t) {
