@@ -175,8 +175,9 @@ def test_bad_cu_seqlens(cu_q, cu_k, message):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_values_behind_a_mask_do_not_leak(variant, bad):
-    q, k, v = operands(1, 4, 2, 40, 40, 16, 24)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_behind_a_mask_do_not_leak(variant, bad, dtype):
+    q, k, v = operands(1, 4, 2, 40, 40, 16, 24, dtype)
     expected = ref.attention(q, k, v, causal=True)
     k[:, :, 30:], v[:, :, 30:] = bad, bad
     hidden = torch.zeros(40).masked_fill(torch.arange(40) >= 30, -torch.inf)

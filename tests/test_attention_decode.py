@@ -171,3 +171,19 @@ def test_append_step():
     assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
     with pytest.raises(RuntimeError, match="start must lie in"):
         run_step("kv_append", [*caches[:2], k, v, start + 1, *[None] * 5], [])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16])
+def test_rows_behind_a_mask_do_not_leak(variant, cache):
+    q, k, v, lengths = operands(1, 2, 2, 3, 300, 24, cache)[:4]
+    lengths[:] = 300
+    k, v = k.nan_to_num(), v.nan_to_num()
+    k[:, :, -1], v[:, :, -1], v[:, :, :40] = torch.nan, torch.nan, torch.inf
+    with forced("attention_decode", variant):
+        out = ops.attention_decode(q, k, v, lengths, window=200)
+    expected = ref.attention_decode(
+        q[:, :, :2], k[:, :, :-1], v[:, :, :-1].nan_to_num(0, 0, 0), lengths - 1, window=200
+    )
+    assert_close(out[:, :, :2], expected)
+    assert out[:, :, 2].isnan().all()

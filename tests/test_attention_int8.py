@@ -88,8 +88,9 @@ def test_packed_sequences(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_values_that_are_not_finite(variant):
-    q, k, v = operands(1, 1, 1, 6, 6, 16, 8)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_not_finite(variant, dtype):
+    q, k, v = operands(1, 1, 1, 6, 6, 16, 8, dtype)
     expected = ref.attention_int8(q, k[:, :, :5], v[:, :, :5], scale=0.5)
     k[0, 0, 5, 3], v[0, 0, 5] = torch.inf, torch.nan
     with forced("attention_int8", variant):

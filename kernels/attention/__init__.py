@@ -36,7 +36,8 @@ def attention(
     sinks: float32 [Hq], one more logit per head that joins the denominator only.
     Returns [B, Hq, Sq, Dv] (or [Tq, Hq, Dv]) in the dtype of q, and with ``return_lse`` also the
     logarithm of the denominator, float32 [B, Hq, Sq]. A row that sees no key is 0, its lse that of
-    the sink, or -inf. Softmax and sums are float32.
+    the sink, or -inf. Softmax and sums are float32; for bfloat16 inputs the weights may be
+    rounded to bfloat16, where the CPU multiplies those.
 
     Raises RuntimeError naming the argument. Method: Dao et al. 2022, arXiv 2205.14135.
     """

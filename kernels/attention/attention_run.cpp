@@ -15,9 +15,9 @@ NC_VARIANT_LIST(attention, AttentionFn, kVariants)
 }  // namespace
 
 int64_t attention_scratch_floats(const AttentionArgs& a) {
-  const int64_t columns = (a.v_depth + 15) / 16 * 16;
-  return kAttentionRows * (a.depth + columns + 2 * kAttentionKeys) +
-         kAttentionKeys * (a.depth + columns) + a.depth;
+  const int64_t columns = (a.v_depth + 15) / 16 * 16, depth = a.depth + a.depth % 2;
+  return kAttentionRows * (depth + columns + 2 * kAttentionKeys) +
+         kAttentionKeys * (depth + columns) + depth;
 }
 
 void attention_run(const AttentionArgs& a) {

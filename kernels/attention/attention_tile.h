@@ -171,7 +171,9 @@ inline float bias_at(const AttentionArgs& a, int64_t i) {
 template <class V>
 struct FloatScores {
   float *q, *keys;
-  // Row r of q, already times the scale.
+  // What rows of q are multiplied by on their way to put().
+  static float row_scale(const AttentionArgs& a) { return a.scale; }
+  // Row r of q, already times row_scale.
   void put(const AttentionArgs& a, int64_t r, const float* line) {
     for (int64_t d = 0; d < a.depth; ++d) q[d * kAttentionRows + r] = line[d];
   }
@@ -231,7 +233,7 @@ void attention_rows(const AttentionArgs& a, const AttentionItem& it, Scores& sou
                        it.sequence * a.q_strides.batch + h * a.q_strides.head +
                            (s.q0 + i) * a.q_strides.row,
                        a.q_dtype),
-                a.q_dtype, a.scale, a.depth, line);
+                a.q_dtype, Scores::row_scale(a), a.depth, line);
     source.put(a, r, line);
     if (a.bias) {
       bias_row[r] = it.sequence * a.bias_strides[0] + h * a.bias_strides[1] + i * a.bias_strides[2];
@@ -282,6 +284,14 @@ void attention_rows(const AttentionArgs& a, const AttentionItem& it, Scores& sou
       V::store(total + r, V::fma(V::load(total + r), old, sum));
     }
 
+    if constexpr (V::kPairs) {
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(values);
+      const bool finite = V::pair_values(a, it, s, key, count, pairs, ld);
+      if (finite || !(masked || a.bias)) {
+        V::weigh_pairs(scores, pairs, count, it.rows, keep, sums, ld);
+        continue;
+      }
+    }
     const float* v = rows_of<V>(a, it, s, true, key, count, values, &ldv);
     if ((masked || a.bias) && !all_finite(v, ldv, count, a.v_depth)) {
       for (r = 0; r < it.rows; ++r)

@@ -8,6 +8,7 @@ namespace {
 
 struct Wide {
   using T = __m256;
+  static constexpr bool kPairs = false;  // v as float32, not as pairs of bfloat16
   static constexpr int64_t kWidth = 8, kColumns = 2;
   static T set(float x) { return _mm256_set1_ps(x); }
   static T load(const float* p) { return _mm256_loadu_ps(p); }

@@ -10,6 +10,7 @@ struct Wide {
   struct T {
     float x[4];
   };
+  static constexpr bool kPairs = false;  // v as float32, not as pairs of bfloat16
   static constexpr int64_t kWidth = 4, kColumns = 2;
   template <class F>
   static T each(F f) {

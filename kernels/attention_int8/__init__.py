@@ -26,7 +26,7 @@ def attention_int8(
     ``s[i, j] = qs[i] * ks[j] * (q8[i] . k8[j])`` with ``q8 = round(scale * q / qs)``,
     ``k8 = round((k - mean) / ks)``, ``qs`` and ``ks`` the largest magnitude of a row over 127.
     Softmax does not see the mean; where a softcap or sinks do, it is added back. Softmax and the
-    sums over v are float32.
+    sums over v are those of ``attention``.
 
     Arguments, shapes, masks and result are those of ``attention``; D is at most 65536. A row of q
     or k that holds NaN or infinity turns NaN what sees it, and nothing else.

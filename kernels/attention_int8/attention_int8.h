@@ -4,7 +4,8 @@
 //   q^_i  = round(scale * q_i / qs_i),   qs_i = max |.| / 127
 //   s_ij  = qs_i * ks_j * (q^_i . k^_j)  exact in int32, then float32
 //
-// and from there softmax and the sums over v as in attention, in float32. Softmax does not see what
+// and from there softmax and the sums over v as in attention, in float32 (with weights in bfloat16
+// where the kernel is avx512bf16 and v is bfloat16). Softmax does not see what
 // the mean takes away, scale * q_i . mean; with a softcap or sinks, which do, it is added back.
 //
 // Error of a score: |ds| <= qs_i / 2 |k_j - mean|_1 + ks_j / 2 |scale q_i|_1 + D qs_i ks_j / 4, and

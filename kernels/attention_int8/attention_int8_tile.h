@@ -79,6 +79,7 @@ struct Int8Scores {
   int64_t kv_head, sequence, first;
   alignas(64) float factor[kAttentionRows], offset[kAttentionRows];
 
+  static float row_scale(const AttentionArgs& a) { return a.scale; }
   void write(int64_t r) {
     const int64_t depth = attention_int8_depth(x.attention.depth);
     for (int64_t d = 0; d < depth; d += 4) {
