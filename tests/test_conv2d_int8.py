@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from conftest import forced, variants
 from narrowcast.kernels.conv2d_int8 import conv2d_int8_ref as ref
 from tolerances import assert_close
@@ -24,6 +25,10 @@ CASES = [
     (1, 8, 24, 6, 6, (3, 3), 1, 1, 1, 8),
     (1, 12, 18, 6, 6, (3, 3), 1, 1, 1, 3),
     (1, 2, 3, 4, 4, (9, 9), 1, 5, 1, 1),
+    (1, 3, 20, 20, 9, (7, 7), 2, 3, 1, 1),
+    (1, 5, 40, 7, 6, (3, 2), 1, (1, 0), (1, 2), 1),
+    (1, 32, 32, 5, 9, (3, 3), 1, 1, 1, 32),
+    (1, 145, 145, 4, 5, (5, 3), 1, (2, 1), 1, 145),
 ]
 
 
@@ -62,6 +67,10 @@ def test_bit_equal_reference(variant, dtype, case):
         {"activation": "relu6", "out_scale": 0.03, "out_zero_point": 5},
         {"out_scale": -0.1, "out_dtype": torch.int8, "residual": byte, "residual_scale": 0.05,
          "residual_zero_point": 3, "post_activation": "relu"},
+        {"out_scale": 0.02, "out_dtype": torch.int8, "out_zero_point": -20, "residual": byte,
+         "residual_scale": -0.03, "activation": "relu6", "post_activation": "relu6"},
+        {"out_scale": 0.05, "out_zero_point": 200, "activation": "relu", "post_activation": "relu6"},
+        {"out_scale": 0.07, "out_dtype": torch.int8, "out_zero_point": 11},
         {"residual": torch.randn(shape), "activation": "hardswish", "out_dtype": torch.bfloat16},
         {"residual": torch.randn(shape).half(), "out_dtype": torch.float16, "bias": None},
     ]  # fmt: skip
@@ -82,6 +91,24 @@ def test_smooth_activations(variant, activation):
         with forced("conv2d_int8", variant):
             out = ops.conv2d_int8(**arguments)
         assert_close(out, ref.conv2d_int8(**arguments, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("variant", variants("conv2d_int8"))
+@pytest.mark.parametrize("case", [CASES[4], CASES[8]], ids=str)
+def test_extreme_scales(variant, case):
+    for extra in (
+        {"x_scale": 1e30, "w_scale": torch.full((1,), 1e5)},
+        {"out_scale": 1e-30},
+        {"x_scale": 1e25},
+    ):
+        arguments = problem(case, out_zero_point=3, activation="relu") | {"out_scale": 0.03} | extra
+        with forced("conv2d_int8", variant):
+            assert torch.equal(ops.conv2d_int8(**arguments), ref.conv2d_int8(**arguments))
+    bias = torch.randn(case[2])
+    bias[1], bias[2], bias[3] = float("nan"), float("inf"), -float("inf")
+    arguments = problem(case, out_scale=0.03, out_zero_point=3, bias=bias)
+    with forced("conv2d_int8", variant):
+        assert torch.equal(ops.conv2d_int8(**arguments), ref.conv2d_int8(**arguments))
 
 
 def test_any_layout_and_one_scale():

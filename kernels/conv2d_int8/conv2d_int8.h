@@ -1,10 +1,11 @@
 // conv2d_int8: exact int32 products of int8 weights and 8-bit images, epilogue fused.
 //
-//   acc[p, o] = sum over taps and channels of (x - x_zero_point) * w        (padding: x = zero
-//   point) v = float(acc) * (x_scale * w_scale[o]) + bias[o] y = post_activation(activation(v) +
-//   (residual - residual_zero_point) * residual_scale) out = y as float32 / float16 / bfloat16, or
-//   saturate(round_half_even(y * (1 / out_scale)) +
-//         out_zero_point) to int8 (-127..127) or uint8 (0..255); NaN becomes out_zero_point
+//   acc[p, o] = sum over taps and channels of (x - x_zero_point) * w       (padding: zero point)
+//   v = float(acc) * (x_scale * w_scale[o]) + bias[o]
+//   y = post_activation(activation(v) + (residual - residual_zero_point) * residual_scale)
+//   out = y as float32 / float16 / bfloat16, or
+//         saturate(round_half_even(y * (1 / out_scale)) + out_zero_point)
+//         to int8 (-127..127) or uint8 (0..255); NaN becomes out_zero_point
 //
 //   x         uint8 or int8, NHWC;  weights int8 [O, C / groups, KH, KW];  out NHWC
 //   residual  int8, uint8 or a float dtype, NHWC like out
@@ -30,6 +31,14 @@ struct ConvEpilogue {
   DType residual_dtype = DType::kUInt8, out_dtype = DType::kFloat32;
   Activation activation = Activation::kNone, post_activation = Activation::kNone;
   int64_t channels;  // O: distance of pixels in out and residual
+
+  // Set by the run where codes can be made in integers: out and residual are codes, activations
+  // none, relu or relu6, 1 / out_scale is positive and no value leaves int32. Then rounding is
+  // monotone, so clamping the codes to [low, high] is the last activation and the saturation; the
+  // activation before a residual is a clamp to [least, most].
+  bool codes = false;
+  int32_t low = 0, high = 0;
+  float least = 0.0f, most = 0.0f;
 };
 
 // Some pixels times some panels of output channels.
@@ -62,7 +71,7 @@ struct Conv2dInt8Kernel {
   int max_panels;          // panels of one tile
   int pixels_per_tile[5];  // by panels of the tile, 1 .. max_panels
   void (*tile)(const ConvTile&, const ConvEpilogue&);
-  // nullptr: depthwise layers run through `reference`
+  // nullptr: depthwise layers run as any groups do
   void (*depthwise)(const DepthwiseRow&, const ConvEpilogue&);
   void (*pack_depthwise)(const int8_t* w, int64_t channels, int64_t kh, int64_t kw, int8_t* packed);
   int64_t (*depthwise_bytes)(int64_t channels, int64_t kh, int64_t kw);  // packed weights
@@ -83,6 +92,7 @@ struct Conv2dInt8Weights {
   const int8_t* packed;     // grouped: the canonical weights
   const int32_t* init;
   const float *scale, *bias;  // [O rounded up to 64]
+  float largest = 0.0f;       // no |v| of the formula is larger; infinite when one is not finite
 };
 
 struct Conv2dInt8Args {
@@ -106,7 +116,7 @@ Conv2dInt8Weights conv2d_int8_pack(const Conv2dInt8Kernel& kernel, const Conv2dI
 Conv2dInt8Weights conv2d_int8_weights(const Conv2dInt8Kernel& kernel, const Conv2dInt8Shape& shape,
                                       void* memory);
 int64_t conv2d_int8_scratch(const Conv2dInt8Kernel& kernel, const Conv2dInt8Shape& shape);
-void conv2d_int8_run(const Conv2dInt8Args& args);
+void conv2d_int8_run(Conv2dInt8Args args);
 
 #define KERNEL(name, isa) extern const Conv2dInt8Kernel conv2d_int8_##name;
 #include "conv2d_int8/conv2d_int8.inc"

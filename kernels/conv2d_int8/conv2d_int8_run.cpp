@@ -1,6 +1,8 @@
 // Packing, selection and the parallel loops.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 
 #include "common/parallel.h"
@@ -18,7 +20,11 @@ constexpr Variant<const Conv2dInt8Kernel*> kVariants[] = {
 NC_VARIANT_LIST(conv2d_int8, const Conv2dInt8Kernel*, kVariants)
 
 constexpr int64_t kAlign = 64, kMaxPixels = 16;
-constexpr int64_t kWorthAThread = 1 << 16;  // multiply-adds
+constexpr int64_t kWorthAThread = 1 << 19;  // multiply-adds: some microseconds
+constexpr int64_t kFinish = 64;             // the price of one result, in multiply-adds
+// Layers of few channels (a network's first) gather the taps of a pixel into one row: the padding
+// of K to the kernel's step is paid once instead of per tap.
+constexpr int64_t kGatherChannels = 16, kGatherBytes = 1024;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -29,8 +35,20 @@ bool is_grouped(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
   return s.groups > 1 && !is_depthwise(k, s);
 }
 
+bool gathers(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  return s.groups == 1 && taps > 1 && s.channels < kGatherChannels &&
+         s.channels % k.depth_step != 0 && taps * s.channels <= kGatherBytes;
+}
+
+// Bytes of a packed column: taps times channels, each tap or their sequence rounded up.
+int64_t packed_depth(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  return gathers(k, s) ? round_up(taps * s.channels, k.depth_step)
+                       : taps * round_up(s.channels, k.depth_step);
+}
 int64_t panel_bytes(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
-  return round_up(s.channels, k.depth_step) * s.kernel_height * s.kernel_width * k.panel;
+  return packed_depth(k, s) * k.panel;
 }
 
 int64_t weight_bytes(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
@@ -42,14 +60,47 @@ int64_t weight_bytes(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s) {
 
 // The input with its channels rounded up, when the kernel needs that.
 bool pads_channels(const Conv2dInt8Args& a) {
-  return !a.weights.depthwise && !a.weights.grouped &&
-         a.shape.channels % a.weights.kernel->depth_step != 0;
+  const Conv2dInt8Kernel& k = *a.weights.kernel;
+  return !a.weights.depthwise && !a.weights.grouped && a.shape.channels % k.depth_step != 0 &&
+         !gathers(k, a.shape);
+}
+
+// All taps of one output pixel side by side; neighbours along a row of the image in one copy.
+void gather(const Conv2dInt8Args& a, int64_t pixel, uint8_t* to) {
+  const Conv2dInt8Shape& s = a.shape;
+  const int64_t n = pixel / (s.out_height * s.out_width), at = pixel % (s.out_height * s.out_width);
+  const int64_t top = at / s.out_width * s.stride_h - s.padding_h,
+                left = at % s.out_width * s.stride_w - s.padding_w;
+  const int64_t line = s.kernel_width * s.channels, row = s.width * s.channels;
+  const uint8_t* image = a.x + n * s.height * row;
+  const uint8_t* end = a.x + s.batch * s.height * row;
+  const bool together = s.dilation_w == 1 && left >= 0 && left + s.kernel_width <= s.width;
+  for (int64_t ky = 0; ky < s.kernel_height; ++ky, to += line) {
+    const int64_t ih = top + ky * s.dilation_h;
+    if (ih < 0 || ih >= s.height) {
+      std::memset(to, a.x_zero_point, static_cast<size_t>(line));
+    } else if (together) {
+      const uint8_t* from = image + ih * row + left * s.channels;
+      if (end - from >= round_up(line, 16))  // `to` has room for whole vectors
+        for (int64_t i = 0; i < line; i += 16) std::memcpy(to + i, from + i, 16);
+      else
+        std::memcpy(to, from, static_cast<size_t>(line));
+    } else {
+      for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
+        const int64_t iw = left + kx * s.dilation_w;
+        for (int64_t c = 0; c < s.channels; ++c)
+          to[kx * s.channels + c] = iw >= 0 && iw < s.width ? image[ih * row + iw * s.channels + c]
+                                                            : static_cast<uint8_t>(a.x_zero_point);
+      }
+    }
+  }
 }
 
 void run_dense(const Conv2dInt8Args& a, const uint8_t* x, int64_t depth, const uint8_t* zero_row) {
   const Conv2dInt8Shape& s = a.shape;
   const Conv2dInt8Kernel& k = *a.weights.kernel;
-  const int64_t taps = s.kernel_height * s.kernel_width,
+  const bool gathered = gathers(k, s);
+  const int64_t taps = gathered ? 1 : s.kernel_height * s.kernel_width,
                 pixels = s.batch * s.out_height * s.out_width;
   const int64_t panels = (s.out_channels + k.panel - 1) / k.panel;
   // Blocks of nearly equal width: 5 panels are 3 + 2, not 4 + 1.
@@ -58,15 +109,16 @@ void run_dense(const Conv2dInt8Args& a, const uint8_t* x, int64_t depth, const u
   const int64_t per_tile = k.pixels_per_tile[widest];
   const int64_t tiles = (pixels + per_tile - 1) / per_tile;
   const int64_t bytes = panel_bytes(k, s);
-  const bool pointwise =
-      taps == 1 && s.stride_h == 1 && s.stride_w == 1 && s.padding_h == 0 && s.padding_w == 0;
-  const int64_t work = per_tile * widest * k.panel * depth * taps;
+  const bool pointwise = !gathered && taps == 1 && s.stride_h == 1 && s.stride_w == 1 &&
+                         s.padding_h == 0 && s.padding_w == 0;
+  const int64_t work = per_tile * widest * k.panel * (depth * taps + kFinish);
 
   // Tiles of a block follow one another: its weights stay in the cache.
   parallel_for(
       0, blocks * tiles, std::max<int64_t>(1, kWorthAThread / work),
       [&](int64_t begin, int64_t end) {
         const uint8_t* stack_rows[kMaxPixels * 64];
+        alignas(64) uint8_t taken[kMaxPixels * (kGatherBytes + 16)];
         std::unique_ptr<const uint8_t*[]> heap_rows;
         const uint8_t** rows = stack_rows;
         if (taps > 64) {
@@ -85,6 +137,12 @@ void run_dense(const Conv2dInt8Args& a, const uint8_t* x, int64_t depth, const u
               const int64_t pixel = p0 + std::min(p, t.pixels - 1);
               if (pointwise) {
                 rows[p] = x + pixel * depth;
+                continue;
+              }
+              if (gathered) {
+                uint8_t* row = taken + p * (kGatherBytes + 16);
+                if (p < t.pixels) gather(a, pixel, row);
+                rows[p] = row;
                 continue;
               }
               const int64_t n = pixel / (s.out_height * s.out_width),
@@ -123,7 +181,7 @@ void run_depthwise(const Conv2dInt8Args& a, uint8_t* scratch, const uint8_t* zer
   const int64_t per_thread =
       round_up(k.depthwise_scratch(s.width, s.padding_w, s.kernel_height), kAlign);
   const int64_t block_bytes = k.depthwise_bytes(kBlock, s.kernel_height, s.kernel_width);
-  const int64_t work = s.out_width * kBlock * s.kernel_height * s.kernel_width;
+  const int64_t work = s.out_width * kBlock * (s.kernel_height * s.kernel_width + kFinish);
   // One piece per thread at most: each owns its part of the scratch memory.
   const int64_t units = blocks * rows;
   const int64_t pieces = std::clamp<int64_t>(units * work / kWorthAThread, 1,
@@ -154,6 +212,31 @@ void run_depthwise(const Conv2dInt8Args& a, uint8_t* scratch, const uint8_t* zer
         k.depthwise(d, a.epilogue);
       }
   });
+}
+
+bool is_code(DType t) { return t == DType::kUInt8 || t == DType::kInt8; }
+
+void choose_codes(ConvEpilogue& e, float largest) {
+  const float inverse = e.inverse_out_scale;
+  if (e.residual) largest += 512.0f * std::fabs(e.residual_scale);
+  e.codes = is_code(e.out_dtype) && (!e.residual || is_code(e.residual_dtype)) &&
+            e.activation <= Activation::kRelu6 && e.post_activation <= Activation::kRelu6 &&
+            inverse > 0.0f && largest * inverse < 1073741824.0f && std::isfinite(inverse) &&
+            std::isfinite(largest);
+  if (!e.codes) return;
+  e.low = e.out_dtype == DType::kInt8 ? -127 : 0;
+  e.high = e.low + (e.low < 0 ? 254 : 255);
+  const auto clamp = [&](Activation activation) {
+    const float six = std::min(6.0f * inverse, 1024.0f);
+    if (activation != Activation::kNone) e.low = std::max(e.low, e.out_zero_point);
+    if (activation == Activation::kRelu6)
+      e.high = std::min(e.high, static_cast<int32_t>(std::nearbyint(six)) + e.out_zero_point);
+  };
+  if (!e.residual) clamp(e.activation);
+  clamp(e.post_activation);
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  e.least = e.activation == Activation::kNone ? -infinity : 0.0f;
+  e.most = e.activation == Activation::kRelu6 ? 6.0f : infinity;
 }
 
 // Any groups: plain loops.
@@ -198,8 +281,8 @@ int64_t conv2d_int8_packed_bytes(const Conv2dInt8Kernel& k, const Conv2dInt8Shap
   return round_up(weight_bytes(k, s), kAlign) + 3 * 4 * round_up(s.out_channels, 64) + kAlign;
 }
 
-Conv2dInt8Weights conv2d_int8_weights(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s,
-                                      void* memory) {
+static Conv2dInt8Weights describe(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s,
+                                  void* memory) {
   const int8_t* packed = static_cast<const int8_t*>(memory);
   const int64_t channels = round_up(s.out_channels, 64);
   const auto* init =
@@ -208,11 +291,27 @@ Conv2dInt8Weights conv2d_int8_weights(const Conv2dInt8Kernel& k, const Conv2dInt
   return {&k, is_depthwise(k, s), is_grouped(k, s), packed, init, scale, scale + channels};
 }
 
+static float largest_value(const Conv2dInt8Weights& w, int64_t channels) {
+  float largest = 0.0f;
+  for (int64_t o = 0; o < channels; ++o) {
+    const float v = std::fabs(w.scale[o]) * 2147483648.0f + std::fabs(w.bias[o]);
+    if (!(v <= largest)) largest = std::isfinite(v) ? v : std::numeric_limits<float>::infinity();
+  }
+  return largest;
+}
+
+Conv2dInt8Weights conv2d_int8_weights(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s,
+                                      void* memory) {
+  Conv2dInt8Weights w = describe(k, s, memory);
+  w.largest = largest_value(w, s.out_channels);
+  return w;
+}
+
 Conv2dInt8Weights conv2d_int8_pack(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s,
                                    const int8_t* w, const float* w_scale, int64_t w_scale_count,
                                    const float* bias, float x_scale, int32_t x_zero_point,
                                    bool x_signed, void* memory) {
-  const Conv2dInt8Weights result = conv2d_int8_weights(k, s, memory);
+  Conv2dInt8Weights result = describe(k, s, memory);
   int8_t* packed = static_cast<int8_t*>(memory);
   const int64_t channels = round_up(s.out_channels, 64);
   int32_t* init = const_cast<int32_t*>(result.init);
@@ -227,19 +326,19 @@ Conv2dInt8Weights conv2d_int8_pack(const Conv2dInt8Kernel& k, const Conv2dInt8Sh
     scale[o] = o < s.out_channels ? x_scale * w_scale[w_scale_count == 1 ? 0 : o] : 0.0f;
     offset[o] = o < s.out_channels && bias ? bias[o] : 0.0f;
   }
+  result.largest = largest_value(result, s.out_channels);
   if (is_depthwise(k, s)) {
     k.pack_depthwise(w, s.channels, s.kernel_height, s.kernel_width, packed);
   } else if (is_grouped(k, s)) {
     std::memcpy(packed, w, static_cast<size_t>(weight_bytes(k, s)));
   } else {
-    const int64_t padded = round_up(s.channels, k.depth_step);
+    const int64_t padded = gathers(k, s) ? s.channels : round_up(s.channels, k.depth_step);
     std::memset(packed, 0, static_cast<size_t>(weight_bytes(k, s)));
     for (int64_t o = 0; o < s.out_channels; ++o)
       for (int64_t tap = 0; tap < taps; ++tap)
         for (int64_t c = 0; c < s.channels; ++c) {
-          const int64_t at = ((tap * padded + c / k.depth_step * k.depth_step) * k.panel +
-                              o % k.panel * k.depth_step) +
-                             c % k.depth_step;
+          const int64_t deep = tap * padded + c, step = k.depth_step;
+          const int64_t at = (deep / step * k.panel + o % k.panel) * step + deep % step;
           packed[o / k.panel * panel_bytes(k, s) + at] = w[(o * s.channels + c) * taps + tap];
         }
   }
@@ -252,20 +351,23 @@ int64_t conv2d_int8_scratch(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s)
     return zero_row +
            thread_count() *
                round_up(k.depthwise_scratch(s.width, s.padding_w, s.kernel_height), kAlign);
-  if (s.groups == 1 && s.channels % k.depth_step != 0)
+  if (s.groups == 1 && s.channels % k.depth_step != 0 && !gathers(k, s))
     return zero_row + s.batch * s.height * s.width * round_up(s.channels, k.depth_step);
   return zero_row;
 }
 
-void conv2d_int8_run(const Conv2dInt8Args& a) {
+void conv2d_int8_run(Conv2dInt8Args a) {
   const Conv2dInt8Shape& s = a.shape;
   if (s.batch * s.out_height * s.out_width * s.out_channels == 0) return;
+  choose_codes(a.epilogue, a.weights.largest);
   if (a.weights.grouped) return run_grouped(a);
   uint8_t* zero_row = static_cast<uint8_t*>(a.scratch);
   const int64_t zero_bytes = round_up(round_up(s.channels, 64), kAlign);
   std::memset(zero_row, a.x_zero_point, static_cast<size_t>(zero_bytes));
   uint8_t* rest = zero_row + zero_bytes;
   if (a.weights.depthwise) return run_depthwise(a, rest, zero_row);
+  if (gathers(*a.weights.kernel, s))
+    return run_dense(a, a.x, packed_depth(*a.weights.kernel, s), zero_row);
   if (!pads_channels(a)) return run_dense(a, a.x, s.channels, zero_row);
   const int64_t depth = round_up(s.channels, a.weights.kernel->depth_step);
   parallel_for(0, s.batch * s.height * s.width, 8192, [&](int64_t begin, int64_t end) {
