@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrowcast.kernels.linear_int8 import linear_int8_ref as ref
 
 from conftest import variants
+from narrowcast.kernels.linear_int8 import linear_int8_ref as ref
 from tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from narrowcast.kernels import gated_act, norm, quantize, rope
 
 import narrowcast
 from narrowcast import functional as NF
+from narrowcast.kernels import gated_act, norm, quantize, rope
 
 ops = torch.ops.narrowcast
 CATALOGUE = Path(__file__).parents[1] / "kernels" / "library.cpp"

@@ -13,8 +13,8 @@
 // page_size rows found through block_table, page strides in place of batch strides.
 //
 // Numerics: half and int8 are widened; products, softmax and sums in float32; a key tile at a time
-// with a running maximum. The kernel avx512bf16 multiplies bfloat16 inputs as such: products of q and
-// k are exact, the weights p are rounded to bfloat16, subnormal numbers count as 0.
+// with a running maximum. The kernel avx512bf16 multiplies bfloat16 inputs as such: products of q
+// and k are exact, the weights p are rounded to bfloat16, subnormal numbers count as 0.
 #pragma once
 #include <cstdint>
 

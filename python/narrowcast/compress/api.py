@@ -1,0 +1,311 @@
+"""``narrowcast.compress``: one call from a model to a plan with a certificate."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowcast.errors import ArgumentError, UnsupportedError
+from narrowcast.graph import Graph, Plan
+from narrowcast.graph.passes import optimize
+from narrowcast.importers.model import Model, load_model
+from narrowcast.runtime.executor import Executor, resolve_device
+from narrowcast.runtime.verify import certify
+
+from . import metrics as measure
+from .calibrate import collect, decoder_inputs, text_batches, token_windows
+from .cnn import quantize_cnn
+from .default_text import PASSAGES
+from .kv_cache import quantize_kv_cache
+from .transformer import Decision, quantize_grouped, quantize_int8
+
+ops = torch.ops.narrowcast
+
+RECIPES = ("native", "fp32", "int8", "int8-weight", "int4")
+#: Tried in this order by recipe "auto", the smallest first; the first within the budget is taken.
+AUTO = {"decoder": ("int4", "int8", "int8-weight", "fp32"), "encoder": ("int4", "int8", "int8-weight", "fp32"),
+        "image": ("int8", "fp32"), "generic": ("fp32",)}  # fmt: skip
+
+CALIBRATION_WINDOWS, WINDOW = 8, 512
+Progress = Callable[[str, int, int], Any]
+
+
+def compress(
+    model: Any,
+    *,
+    recipe: str = "int8",
+    data: Any = None,
+    budget: float | None = None,
+    kv_cache: str = "float",
+    group_size: int | None = None,
+    keep_float: Sequence[str] = (),
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Plan:
+    """Compresses a model and measures what that cost.
+
+    model: whatever :func:`narrowcast.importers.load_model` takes (options go there), or its result.
+    recipe: "native" (a GGUF file's own codes), "fp32", "int8" (W8A8), "int8-weight" (int8 in groups, float
+        activations), "int4" (int4 in groups of 32), or "auto" (the smallest of these within ``budget``).
+    data: for language models and encoders a text, a list of texts or a path of a text file; for image models
+        a tensor [N, 3, H, W] as the model takes it, or a folder of pictures. A fifth is held out and measured.
+        None: a few bundled passages for text; image models need data for "int8".
+    budget: the largest loss of the model's own metric on held-out data: relative perplexity increase, 1 - mean
+        cosine, or 1 - top-class agreement. A result outside it raises, except for "auto".
+    kv_cache: "float", or "int8" for a decoder's cache.
+    group_size: of weights along K for the grouped recipes (default 32); of activations for "int8" (default 64).
+    keep_float: names of layers that stay in float.
+
+    Raises ArgumentError for an unknown recipe or unusable data, UnsupportedError when a recipe does not apply
+    to this kind of model.
+    """
+    if recipe not in (*RECIPES, "auto"):
+        raise ArgumentError(f"recipe must be one of {', '.join(RECIPES)} or auto, got {recipe!r}")
+    if kv_cache not in ("float", "int8"):
+        raise ArgumentError(f"kv_cache must be float or int8, got {kv_cache!r}")
+    if budget is not None and not 0 < budget < 1:
+        raise ArgumentError(f"budget must lie between 0 and 1 (0.01 is one per cent), got {budget}")
+    if recipe == "auto" and budget is None:
+        raise ArgumentError("recipe auto needs a budget, such as 0.01")
+    if resolve_device(device).type != "cpu":
+        raise UnsupportedError("device must be cpu: plans are measured on the CPU, and run on any device")
+    began = time.monotonic()
+    imported = load_model(model, **options)
+    original = Graph.from_exported(imported.exported, imported.native)
+    fused, report = optimize(original)
+    held = Data(imported, fused, data, seed)
+    attempts = AUTO[imported.kind] if recipe == "auto" else (recipe,)
+    tried = []
+    for attempt in attempts:
+        plan = _compress(imported, fused, held, attempt, kv_cache, group_size, set(keep_float), progress)
+        loss = plan.certificate["loss"]
+        tried.append({"recipe": attempt, "loss": loss})
+        if budget is None or loss is None or loss <= budget:
+            break
+    plan.record |= {"seconds": round(time.monotonic() - began, 2), "passes": str(report), "tried": tried}
+    if budget is not None and plan.certificate["loss"] is not None and plan.certificate["loss"] > budget:
+        raise UnsupportedError(
+            f"recipe {recipe} loses {plan.certificate['loss']:.4g} on held-out data, more than the budget "
+            f"{budget:.4g}; try recipe auto, int8-weight, or keep_float for the layers with the lowest SQNR"
+        )
+    return plan
+
+
+class Data:
+    """Calibration batches and held-out batches, never the same rows; in the form that the graph takes."""
+
+    def __init__(self, model: Model, graph: Graph, data: Any, seed: int):
+        self.model, self.seed = model, seed
+        self.warnings: list[str] = []
+        self.tokenizer = None
+        if "tokenizer.json" in model.assets:
+            try:
+                from tokenizers import Tokenizer
+            except ImportError as error:
+                raise UnsupportedError(
+                    "text needs the package tokenizers: pip install narrowcast[gguf]"
+                ) from error
+            self.tokenizer = Tokenizer.from_str(model.assets["tokenizer.json"].decode())
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+        build = {"decoder": self._decoder, "encoder": self._encoder, "image": self._image}.get(model.kind)
+        self.calibration: list[tuple[Tensor, ...]] = []
+        self.held_out: list[tuple[Tensor, ...]] = []
+        self.hash: str | None = None
+        if build is not None:
+            build(graph, data)
+        elif data is not None:
+            batches = [data] if isinstance(data, tuple) else list(data)
+            self.calibration, self.held_out = batches[:-1] or batches, batches[-1:]
+
+    def _texts(self, data: Any) -> list[str]:
+        if data is None:
+            self.warnings.append("calibrated on bundled passages: give data like what the model will see")
+            data = PASSAGES
+        if isinstance(data, str | Path):
+            path = Path(data)
+            if len(str(data)) < 4096 and path.is_file():
+                data = path.read_text(errors="replace")
+            elif isinstance(data, Path):
+                raise ArgumentError(f"data must be a file, there is none at {data}")
+            data = [str(data)]
+        if not isinstance(data, Sequence) or not all(isinstance(t, str) for t in data) or not data:
+            raise ArgumentError("data must be a text, a list of texts or the path of a text file")
+        self.hash = hashlib.sha256("\0".join(data).encode()).hexdigest()
+        return list(data)
+
+    def _decoder(self, graph: Graph, data: Any) -> None:
+        if self.tokenizer is None:
+            raise ArgumentError("data cannot be used: this model has no tokenizer")
+        text = "\n\n".join(self._texts(data))
+        bos = self.model.config.get("bos_token_id")
+        windows = token_windows(text, self.tokenizer, bos, WINDOW, CALIBRATION_WINDOWS + 3)
+        keep = max(1, len(windows) // 5)
+        self.windows = windows[-keep:]
+        calibration = windows[:-keep] or windows
+        self.calibration = [decoder_inputs(graph, w) for w in calibration]
+        self.held_out = [decoder_inputs(graph, w) for w in self.windows]
+
+    def _encoder(self, graph: Graph, data: Any) -> None:
+        if self.tokenizer is None:
+            raise ArgumentError("data cannot be used: this model has no tokenizer")
+        texts = self._texts(data)
+        if len(texts) == 1:  # a document: its sentences
+            import re
+
+            texts = [t.strip() for t in re.split(r"(?<=[.!?])\s+", texts[0]) if len(t.strip()) > 20][:320]
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        texts = [texts[i] for i in order]
+        keep = max(1, len(texts) // 5)
+        length = min(int(self.model.config.get("max_position_embeddings", 512)), 256)
+        pad = int(self.model.config.get("pad_token_id") or 0)
+        self.calibration = [*text_batches(texts[keep:] or texts, self.tokenizer, pad, length, 16)]
+        self.held_out = [*text_batches(texts[:keep], self.tokenizer, pad, length, 16)]
+
+    def _image(self, graph: Graph, data: Any) -> None:
+        if data is None:
+            return
+        if isinstance(data, str | Path):
+            from narrowcast.runtime.tasks import load_folder
+
+            data = load_folder(Path(data), self.model.config)
+        if not isinstance(data, Tensor) or data.dim() != 4:
+            raise ArgumentError("data must be a tensor [N, 3, H, W] or a folder of pictures")
+        if data.shape[0] < 2:
+            raise ArgumentError("data must hold at least 2 pictures: some are held out")
+        self.hash = hashlib.sha256(data.contiguous().view(torch.uint8).numpy().data).hexdigest()
+        order = torch.randperm(data.shape[0], generator=torch.Generator().manual_seed(self.seed))
+        data = data[order]
+        keep = max(1, data.shape[0] // 5)
+        self.calibration = [(x,) for x in data[keep:].split(16)]
+        self.held_out = [(x,) for x in data[:keep].split(16)]
+
+    def valid(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """Rows of an encoder's batch that are not padding."""
+        return inputs[1].bool() if self.model.kind == "encoder" else None
+
+
+def _compress(
+    model: Model, fused: Graph, data: Data, recipe: str, kv_cache: str, group_size: int | None,
+    keep_float: set[str], progress: Progress | None,
+) -> Plan:  # fmt: skip
+    graph = fused.clone()
+    decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress)
+    unknown = keep_float - {d.name for d in decisions}
+    if unknown:
+        names = ", ".join(sorted(d.name for d in decisions)[:8])
+        raise ArgumentError(
+            f"keep_float must name layers; there is no {sorted(unknown)[0]!r} (there are {names} ...)"
+        )
+    if kv_cache == "int8":
+        if model.kind != "decoder":
+            raise ArgumentError(f"kv_cache must be float for a model of kind {model.kind}")
+        quantize_kv_cache(graph)
+    graph.clean()
+    graph.fx.lint()
+    graph.native = {}
+    warnings = list(data.warnings)
+    warnings += [f"layer {d.name}: {d.why}" for d in decisions if d.why.startswith("no calibration")]
+    plan = Plan(
+        graph,
+        model.kind,
+        recipe,
+        config=model.config,
+        record={
+            "recipe": recipe,
+            "kv_cache": kv_cache,
+            "layers": [d.as_dict() for d in decisions],
+            "calibration_sha256": data.hash,
+            "calibration_batches": len(data.calibration),
+            "bytes_float32": fused.weight_bytes,
+            "warnings": warnings,
+        },
+        assets=model.assets,
+        source=model.source,
+    )
+    _certify(plan, fused, data)
+    return plan
+
+
+def _apply(
+    graph: Graph, model: Model, data: Data, recipe: str, group_size: int | None, keep_float: set[str],
+    progress: Progress | None,
+) -> list[Decision]:  # fmt: skip
+    if recipe == "fp32":
+        return []
+    if recipe == "native" and not graph.native:
+        raise UnsupportedError(
+            "recipe native needs a file with its own quantised weights (GGUF Q4_0, Q4_1, Q8_0)"
+        )
+    if model.kind == "image" and recipe == "int8":
+        if not data.calibration:
+            raise ArgumentError("data must be given: static activation ranges of a CNN need pictures")
+        decisions = quantize_cnn(graph, data.calibration, keep_float, progress)
+    elif model.kind in ("image", "generic") and recipe != "int8":
+        raise UnsupportedError(f"recipe {recipe} is for language models and encoders; use int8 or fp32")
+    else:
+        decisions = []
+    layers = list(graph.calls(ops.linear.default))
+    for name, weight in graph.weights.items():
+        if weight.is_floating_point() and weight.isnan().any():
+            raise ArgumentError(f"weight {name} holds NaN: the model is damaged")
+    needs_data = recipe != "native" and layers and data.calibration
+    statistics = collect(graph, layers, data.calibration, data.valid, progress) if needs_data else {}
+    if recipe == "int8":
+        return decisions + quantize_int8(
+            graph, statistics, 64 if group_size is None else group_size, keep_float
+        )
+    size = group_size or 32
+    if size % 32:
+        raise ArgumentError(f"group_size must be a multiple of 32, got {size}")
+    bits = 8 if recipe == "int8-weight" else 4
+    # A file's own weights are run as they are, with float activations: nothing is lost but rounding. For int4
+    # the weights lose more than int8 activations in groups do, and products of integers are much faster.
+    activation_bits = 8 if recipe == "int4" else 16
+    return quantize_grouped(
+        graph, statistics, bits, size, activation_bits, keep_float, native=recipe == "native"
+    )
+
+
+def _certify(plan: Plan, fused: Graph, data: Data) -> None:
+    """Errors on data that calibration did not see: of the plan's own outputs, and of the model's metric."""
+    plan.certificate = {"metrics": {}, "bounds": {}, "loss": None, "held_out": len(data.held_out)}
+    if not data.held_out:
+        return
+    exe = Executor(plan, device="cpu")
+    results: dict[str, measure.Metric] = {}
+    samples: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+    if plan.kind == "decoder":
+        scores = measure.DecoderMetrics()
+        for window, inputs in zip(data.windows, data.held_out):
+            reference = fused.run(*(x.clone() for x in inputs))[0]
+            scores.add(window[0], reference, exe.logits(window)[0])
+        results = scores.results()
+        ids = data.windows[0][:, :64]
+        reference = fused.run(*(x.clone() for x in decoder_inputs(fused, ids)))[0]
+        samples = [((ids,), (reference.reshape(1, ids.shape[1], -1)[:, -4:],))]
+    else:
+        few = data.held_out[:20]
+        references = [fused.run(*inputs) for inputs in few]
+        ours = [exe(*inputs) for inputs in few]
+        ours = [o if isinstance(o, tuple) else (o,) for o in ours]
+        pair = torch.cat([r[0] for r in references]), torch.cat([o[0] for o in ours])
+        if plan.kind == "encoder":
+            results = measure.encoder_metrics(*pair)
+        elif plan.kind == "image":
+            results = measure.image_metrics(*pair)
+        first = tuple(x[:2] for x in few[0])
+        samples = [(first, fused.run(*first))]
+    plan.certificate["metrics"] = {name: m.value for name, m in results.items()}
+    plan.certificate["bounds"] = {name: [m.low, m.high] for name, m in results.items()}
+    if plan.kind in measure.MAIN:
+        plan.certificate["loss"] = results[measure.MAIN[plan.kind]].loss
+    certify(plan, samples)

@@ -1,0 +1,319 @@
+"""Dense layers to INT8 (W8A8), or to weights in groups (W4, W8), with the scales that their inputs ask for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, fx
+
+from narrowcast.formats import GroupedWeight, Int8Weight
+from narrowcast.graph import Graph
+from narrowcast.graph.passes.match import Layer, calls
+
+from . import embedding
+from .calibrate import Statistics
+from .weights import grouped, int8_rows, sqnr_db
+
+aten = torch.ops.aten
+ops = torch.ops.narrowcast
+
+ALPHAS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+@dataclass
+class Decision:
+    """What became of one layer, and why."""
+
+    name: str
+    op: str
+    precision: str
+    sqnr_db: float | None = None
+    alpha: float | None = None
+    group_size: int = 0
+    why: str = ""
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def layer_name(layer: Layer) -> str:
+    name = layer["weight"].target
+    for suffix in (".padded", ".folded", ".weight", ".conv"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+# --- smoothing ------------------------------------------------------------------------------------
+
+
+def smooth(
+    graph: Graph, statistics: dict[fx.Node, Statistics], activation_group: int
+) -> dict[fx.Node, float]:
+    """SmoothQuant: moves outliers of activations into weights, where a norm or a gate can take the inverse.
+
+    For each norm that only feeds dense layers, and each gated activation that feeds one, the exponent is
+    searched by the layer's output error under the real quantisers; 0 leaves things as they are. Xiao et al.,
+    "SmoothQuant", 2022. Returns the exponent per layer.
+    """
+    chosen: dict[fx.Node, float] = {}
+    for node in list(graph.calls(ops.rms_norm.default, ops.layer_norm.default, ops.silu_mul.default)):
+        users = list(node.users)
+        if not users or not all(calls(u, ops.linear.default) and u.args[0] is node for u in users):
+            continue
+        if any(u not in statistics or statistics[u].rows == 0 for u in users):
+            continue
+        layers = [Layer(u) for u in users]
+        if any(len(layer["weight"].users) > 1 for layer in layers):
+            continue  # a tied table must keep its values
+        target = _scalable(graph, node)
+        if target is None:
+            continue
+        found = statistics[users[0]]
+        weights = [graph.weight(layer["weight"]).float() for layer in layers]
+        alpha, scale = _search(found, torch.cat(weights), activation_group)
+        for user in users:
+            chosen[user] = alpha
+        if alpha == 0.0:
+            continue
+        target(scale)
+        for layer, weight in zip(layers, weights):
+            name = layer["weight"].target
+            graph.weights[name] = (weight * scale).to(graph.weights[name].dtype)
+            graph.native.pop(name, None)
+        for user in users:
+            s = statistics[user]
+            s.amax, s.mean, s.sample = s.amax / scale, s.mean / scale, s.sample / scale
+            s.square = s.square / scale.square()
+    return chosen
+
+
+def _scalable(graph: Graph, node: fx.Node):
+    """A function that divides the node's output channels by a scale, or None."""
+    if calls(node, ops.silu_mul.default):
+        up = node.args[1]
+        source, first, last = up, 0, None
+        if calls(up, aten.slice.Tensor) and up.args[1] == -1:
+            source, first, last = up.args[0], up.args[2], up.args[3]
+        if not calls(source, ops.linear.default) or len(up.users) > 1:
+            return None
+        layer = Layer(source)
+        if layer["activation"] != "none" or len(layer["weight"].users) > 1:
+            return None
+
+        def divide_rows(scale: Tensor) -> None:
+            name = layer["weight"].target
+            weight = graph.weights[name].clone()
+            weight[first:last] /= scale[:, None]
+            graph.weights[name] = weight
+            graph.native.pop(name, None)
+            if layer["bias"] is not None:
+                bias = graph.weights[layer["bias"].target].clone()
+                bias[first:last] /= scale
+                graph.weights[layer["bias"].target] = bias
+
+        return divide_rows
+    attributes = [a for a in node.args[1:3] if isinstance(a, fx.Node) and a.op == "get_attr"]
+    if not attributes or any(len(a.users) > 1 for a in attributes):
+        return None
+
+    def divide(scale: Tensor) -> None:
+        for attribute in attributes:
+            graph.weights[attribute.target] = graph.weights[attribute.target] / scale
+
+    return divide
+
+
+def _search(found: Statistics, weight: Tensor, activation_group: int) -> tuple[float, Tensor]:
+    x = found.sample
+    reference = x @ weight.t()
+    amax = found.amax.clamp(min=1e-5)
+    column = weight.abs().amax(0).clamp(min=1e-5)
+    best = (float("inf"), 0.0, torch.ones_like(amax))
+    for alpha in ALPHAS:
+        scale = (
+            torch.ones_like(amax) if alpha == 0.0 else (amax**alpha / column ** (1 - alpha)).clamp(1e-5, 1e5)
+        )
+        if alpha:
+            scale = scale / scale.log().mean().exp()  # only ratios matter; keep the weights' size
+        q = _fake_weight(weight * scale)
+        error = (_fake_activation(x / scale, activation_group) @ q.t() - reference).square().sum().item()
+        # Without a real gain the simpler graph stays.
+        if error < best[0] * (0.98 if best[1] == 0.0 else 1.0):
+            best = (error, alpha, scale)
+    return best[1], best[2]
+
+
+def _fake_weight(weight: Tensor) -> Tensor:
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return (weight / scale).round() * scale
+
+
+def _fake_activation(x: Tensor, group_size: int) -> Tensor:
+    q, scale = ops.quantize_int8(x, group_size)
+    return ops.dequantize_int8(q, scale, None, group_size)
+
+
+# --- W8A8 -----------------------------------------------------------------------------------------
+
+
+def activation_group(depth: int, wanted: int) -> int:
+    """The group that divides a layer's inputs, or 0 (one scale per token)."""
+    return wanted if wanted and depth % wanted == 0 and depth > wanted else 0
+
+
+def quantize_int8(
+    graph: Graph, statistics: dict[fx.Node, Statistics], group_size: int, keep_float: set[str]
+) -> list[Decision]:
+    """Every dense layer becomes linear_dynamic_int8; large tables become int8 rows. In place."""
+    alphas = smooth(
+        graph, {n: s for n, s in statistics.items() if layer_name(Layer(n)) not in keep_float}, group_size
+    )
+    decisions = []
+    shared: dict[str, tuple[dict, Int8Weight]] = {}
+    for node in list(graph.calls(ops.linear.default)):
+        layer = Layer(node)
+        name, weight = layer_name(layer), graph.weight(layer["weight"])
+        if name in keep_float:
+            decisions.append(Decision(name, "linear", "float32", why="asked for"))
+            continue
+        found = statistics.get(node)
+        has_data = found is not None and found.rows > 0
+        quantised = int8_rows(weight, found.square if has_data else None)
+        group = activation_group(weight.shape[1], group_size)
+        bias = layer["bias"]
+        if bias is not None and has_data:
+            correction = (weight.float() - quantised.dequantize()) @ found.mean
+            value = graph.weight(bias)
+            bias = graph.add_weight(
+                f"{name}.bias_corrected", (value.float() + correction).to(value.dtype), before=node
+            )
+        q = graph.add_weight(f"{name}.q", quantised.q, before=node)
+        scale = graph.add_weight(f"{name}.scale", quantised.scale, before=node)
+        shared[layer["weight"].target] = ({"q": q, "scale": scale}, quantised)
+        decision = Decision(name, "linear_dynamic_int8", "int8", alpha=alphas.get(node), group_size=group)
+        if has_data:
+            reference = found.sample @ weight.float().t()
+            ours = _fake_activation(found.sample, group) @ quantised.dequantize().t()
+            if layer["bias"] is not None:
+                ours = ours + (weight.float() - quantised.dequantize()) @ found.mean
+            decision.sqnr_db = sqnr_db(reference, ours)
+        else:
+            decision.why = "no calibration data reached it"
+        decisions.append(decision)
+        arguments = (layer["x"], q, scale, bias, layer["activation"], layer["residual"], layer["out_dtype"])
+        options = {"group_size": group, "post_activation": layer["post_activation"]}
+        graph.replace(node, graph.add_call(ops.linear_dynamic_int8.default, arguments, options, like=node))
+    decisions += _quantize_tables(graph, shared)
+    graph.clean()
+    return decisions
+
+
+def _quantize_tables(graph: Graph, shared: dict) -> list[Decision]:
+    decisions = []
+    for node in embedding.large_tables(graph):
+        attribute = node.args[0]
+        name = attribute.target.removesuffix(".weight")
+        if attribute.target in shared:
+            names, quantised = shared[attribute.target]
+            first = next(iter(graph.fx.nodes))
+            # The gather runs before the output layer: its attributes must be there already.
+            for part in names.values():
+                first.prepend(part)
+        else:
+            quantised = int8_rows(graph.weight(attribute))
+            names = {
+                "q": graph.add_weight(f"{name}.q", quantised.q, before=node),
+                "scale": graph.add_weight(f"{name}.scale", quantised.scale, before=node),
+            }
+        error = sqnr_db(graph.weight(attribute).float(), quantised.dequantize())
+        decisions.append(Decision(name, "embedding", "int8", sqnr_db=error))
+        embedding.gather(graph, node, names, quantised)
+    return decisions
+
+
+# --- weights in groups ----------------------------------------------------------------------------
+
+
+def quantize_grouped(
+    graph: Graph,
+    statistics: dict[fx.Node, Statistics],
+    bits: int,
+    group_size: int,
+    activation_bits: int,
+    keep_float: set[str],
+    *,
+    native: bool = False,
+    symmetric: bool = False,
+) -> list[Decision]:
+    """Every dense layer becomes linear_grouped. native: by the file's own codes where it has them."""
+    decisions = []
+    shared: dict[str, tuple[dict, GroupedWeight]] = {}
+    tables = {node.args[0].target for node in embedding.large_tables(graph)}
+    for node in list(graph.calls(ops.linear.default)):
+        layer = Layer(node)
+        name, weight = layer_name(layer), graph.weight(layer["weight"])
+        own = graph.native.get(layer["weight"].target)
+        if name in keep_float or (native and own is None) or weight.shape[1] % 32:
+            why = (
+                "asked for"
+                if name in keep_float
+                else "the file holds it in float"
+                if native
+                else "K % 32 != 0"
+            )
+            decisions.append(Decision(name, "linear", "float32", why=why))
+            continue
+        found = statistics.get(node)
+        importance = found.square if found is not None and found.rows else None
+        if native:
+            quantised = own
+        elif layer["weight"].target in tables:
+            # A table that is gathered as well stays at 8 bits: its rows are the model's first layer.
+            quantised = own if own is not None and own.bits == 8 else grouped(weight, 8, 32)
+        else:
+            size = group_size if weight.shape[1] % group_size == 0 else 32
+            quantised = grouped(weight, bits, size, importance, symmetric)
+        parts = _attributes(graph, name, quantised, node)
+        shared[layer["weight"].target] = (parts, quantised)
+        decision = Decision(name, "linear_grouped", f"int{quantised.bits}", group_size=quantised.group_size)
+        decision.why = "the file's own codes" if quantised is own else ""
+        if importance is not None:
+            reference = found.sample @ weight.float().t()
+            decision.sqnr_db = sqnr_db(reference, found.sample @ quantised.dequantize().t())
+        decisions.append(decision)
+        arguments = (
+            layer["x"], parts["packed"], parts["scale"], parts["offset"], quantised.group_size, quantised.bits,
+            layer["bias"], layer["activation"], layer["residual"], layer["out_dtype"],
+        )  # fmt: skip
+        options = {"activation_bits": activation_bits, "post_activation": layer["post_activation"]}
+        graph.replace(node, graph.add_call(ops.linear_grouped.default, arguments, options, like=node))
+    for node in embedding.large_tables(graph):
+        target = node.args[0].target
+        name = target.removesuffix(".weight")
+        own = graph.native.get(target)
+        if target in shared:
+            parts, quantised = shared[target]
+            first = next(iter(graph.fx.nodes))
+            for part in parts.values():
+                if part is not None:
+                    first.prepend(part)
+        else:
+            if native and own is None:
+                continue
+            quantised = own if own is not None else grouped(graph.weights[target], 8, 32)
+            parts = _attributes(graph, name, quantised, node)
+        decisions.append(Decision(name, "embedding", f"int{quantised.bits}", group_size=quantised.group_size))
+        embedding.gather(graph, node, parts, quantised)
+    graph.clean()
+    return decisions
+
+
+def _attributes(graph: Graph, name: str, weight: GroupedWeight, before: fx.Node) -> dict:
+    return {
+        "packed": graph.add_weight(f"{name}.packed", weight.packed, before=before),
+        "scale": graph.add_weight(f"{name}.scale", weight.scale, before=before),
+        "offset": None
+        if weight.offset is None
+        else graph.add_weight(f"{name}.offset", weight.offset, before=before),
+    }
