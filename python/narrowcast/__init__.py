@@ -23,8 +23,8 @@ _LAZY = {
 
 
 def __getattr__(name: str):
-    if name == "nn":
-        return importlib.import_module(".nn", __name__)
+    if name in ("nn", "functional", "compress"):
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_LAZY[name], __name__), name)
@@ -32,7 +32,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "nn"})
+    return sorted({*globals(), *_LAZY, "nn", "functional", "compress"})
 
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "__version__",
+    "compress",
     "load",
     "show_config",
     "verify",

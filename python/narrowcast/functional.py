@@ -140,7 +140,7 @@ def _function(room: str, op: str) -> Callable:
         call.__doc__ = f"``{schema}``"
     call.__name__ = call.__qualname__ = op
     call.__module__ = __name__
-    call.__signature__ = signature
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 
 
