@@ -13,7 +13,12 @@
 // with --fmad=false: the same bits as the CPU kernels for none, relu and relu6 without groups.
 // Cost: 2 M N K operations; bytes M K + N K per pass over the tiles.
 //
-// GATE linear_tile: registers <= 255, spills = 0, shared <= 99 KB, contains IMMA LDSM
+// GATE linear_tile: spills = 0, contains IMMA.16832.S8.S8 LDSM.16.M88.4
+// GATE linear_tile.*Li128E.*SumE[01]E: registers <= 128
+// GATE linear_tile.*Li128E.*SumE2E: registers <= 200
+// GATE linear_tile.*TileILi(64|16)E: registers <= 136
+// GATE linear_tile.*Lb1E: contains LDGSTS.E.BYPASS.128
+// GATE block: shared <= 68000
 #include "common/epilogue.cuh"
 #include "linear_int8/linear_int8_cuda.h"
 
@@ -151,8 +156,15 @@ __device__ __forceinline__ void end_piece(Accumulators<T, kSum>& acc, const Line
     }
 }
 
+// What the compiler must leave room for: two blocks of large tiles hide each other's barriers,
+// where their registers allow it.
+constexpr int blocks_on_sm(int tile_rows, Sum sum) {
+  return tile_rows == 128 && sum != Sum::kPieces ? 2 : 1;
+}
+
 template <class T, Sum kSum, bool kAligned>
-__global__ void __launch_bounds__(T::kThreads, 1) linear_tile(LinearInt8Args args) {
+__global__ void __launch_bounds__(T::kThreads, blocks_on_sm(T::kM, kSum))
+    linear_tile(LinearInt8Args args) {
   // setup
   Shared<T>& shared = ptx::shared_memory<Shared<T>>();
   const int lane = threadIdx.x % ptx::kWarp, warp = threadIdx.x / ptx::kWarp;

@@ -8,8 +8,9 @@
 // bits where rows allow it. Numerics: the bits of the CPU kernels. Compiled with --fmad=false;
 // divisions are exact. Cost: one read of x, one write of q; bound by memory.
 //
-// GATE quantize_rows: registers <= 64, spills = 0, shared <= 1 KB, contains LDG.E.128
-// GATE quantize_by_scale: registers <= 64, spills = 0, shared <= 1 KB, contains LDG.E.128
+// GATE quantize_: registers <= 40, spills = 0
+// GATE quantize_.*Lb1E: contains LDG.E.128 STG.E.64
+// GATE block: shared <= 64
 #include "common/ptx.cuh"
 #include "quantize/quantize_cuda.h"
 

@@ -48,10 +48,10 @@ def _key() -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_object(source: Path, watched: bool, folder: Path) -> Path:
-    """One object file; a .cu file is C++ here."""
+def compile_object(folder: Path, source: Path, watched: bool, fresh: bool = False) -> Path:
+    """One object file; a .cu file is C++ here. ``fresh``: whatever is there."""
     target = folder / f"{source.stem}{'.watched' if watched else ''}.o"
-    if not target.exists():
+    if fresh or not target.exists():
         partial = target.with_suffix(".partial")
         flags = WATCHED if watched else ["-O2"]
         command = [COMPILER, *FLAGS, *flags, "-x", "c++", "-c", source, "-o", partial]
@@ -78,8 +78,8 @@ def build(name: str, kernels: list[Path] | None = None) -> Path:
     jobs = [(here / source, False) for source in MACHINE]
     jobs += [(ROOT / "kernels" / source, False) for source in plain]
     jobs += [(here / f"test_{name}.cpp", name == "emulator")]
-    jobs += [(path, True) for path in kernels or [ROOT / "kernels" / source for source in watched]]
+    jobs += [(path, True, replaced) for path in kernels or [ROOT / "kernels" / source for source in watched]]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: compile_object(*job, folder), jobs))
+        objects = list(pool.map(lambda job: compile_object(folder, *job), jobs))
     target = folder / f"{name}{'_replaced' if replaced else ''}"
     return link(objects, target) if replaced or not target.exists() else target

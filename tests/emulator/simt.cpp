@@ -45,6 +45,7 @@ struct Grid {
 
 Grid* grid = nullptr;
 uint32_t blocks_run = 0;  // of all launches
+size_t most_shared = 0;
 uint64_t random_state = 1;
 enum class Order { kForward, kBackward, kShuffled, kWarpByWarp };
 Order order = Order::kForward;
@@ -169,6 +170,7 @@ void launch(dim3 size, dim3 block, size_t shared_size, const std::function<void(
       size.y > 65535 || size.z == 0 || size.z > 65535)
     throw Error("launch", "a grid or block that no GPU accepts");
   if (shared_size > 99 * 1024) throw Error("launch", "more shared memory than sm_86 has: 99 KB");
+  most_shared = std::max(most_shared, shared_size);
   Grid g;
   g.size = size, g.block = block, g.body = &body;
   g.shared = static_cast<char*>(allocate(shared_size));
@@ -196,6 +198,8 @@ void launch(dim3 size, dim3 block, size_t shared_size, const std::function<void(
     run_block();
   }
 }
+
+size_t most_shared_bytes() { return most_shared; }
 
 Thread& self() { return *grid->current; }
 dim3 block_index() { return grid->index; }

@@ -51,6 +51,9 @@ uint32_t random_number();
 // Runs the grid; throws Error at the first mistake.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
+// The most shared memory that a launch of this process asked for.
+size_t most_shared_bytes();
+
 // For the instructions. All are called on a fiber.
 Thread& self();
 dim3 block_index();

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "check.h"
+#include "common/half.h"
 #include "common/launch.h"
 
 using namespace narrowcast;
@@ -116,6 +117,81 @@ void run_product(int shift) {
     }
 }
 
+// a [16, 16] b [16, 8] of 16-bit floats, b by rows of k: its fragments come transposed.
+struct HalfOperands {
+  alignas(16) uint16_t a[16][16], b[16][8];
+};
+__global__ void half_product(const uint16_t* a, const uint16_t* b, float* d, bool brain) {
+  HalfOperands& s = ptx::shared_memory<HalfOperands>();
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 256; i += 32) s.a[i / 16][i % 16] = a[i];
+  for (int i = lane; i < 128; i += 32) s.b[i / 8][i % 8] = b[i];
+  ptx::sync_warp();
+  uint32_t fa[4], fb[4], two[2];
+  ptx::ldmatrix_x4(fa, &s.a[lane % 16][lane / 16 * 8]);
+  ptx::ldmatrix_x4_trans(fb, &s.b[lane % 16][0]);
+  two[0] = fb[0], two[1] = fb[1];
+  float sum[4] = {};
+  if (brain)
+    ptx::mma_bf16(sum, fa, two);
+  else
+    ptx::mma_f16(sum, fa, two);
+  for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
+}
+
+void run_half_product(bool brain) {
+  const auto bits = [&](float v) { return brain ? to_bfloat16(v) : to_float16(v); };
+  std::vector<float> a(256), b(128);
+  std::vector<uint16_t> ha, hb;
+  for (auto* v : {&a, &b})
+    for (float& x : *v) x = static_cast<int>(emulator::random_number() % 33) - 16;
+  for (const float x : a) ha.push_back(bits(x));
+  for (const float x : b) hb.push_back(bits(x));
+  const Buffer<uint16_t> da(ha), db(hb);
+  const Buffer<float> d(128);
+  launch("half_product", half_product, dim3(1), dim3(32), sizeof(HalfOperands), nullptr, da.data,
+         db.data, d.data, brain);
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 8; ++n) {
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) sum += a[m * 16 + k] * b[k * 8 + n];
+      require(d[m * 8 + n] == sum, "wrong product");
+    }
+}
+
+// Unsigned by signed, with the fragments taken from memory by the layout of the PTX ISA.
+__global__ void unsigned_product(const uint8_t* a, const int8_t* b, int32_t* d) {
+  const int lane = threadIdx.x, group = lane / 4, quad = lane % 4;
+  uint32_t fa[4] = {}, fb[2] = {};
+  for (int i = 0; i < 16; ++i)
+    fa[i / 4] |= uint32_t{a[(group + i / 4 % 2 * 8) * 32 + quad * 4 + i % 4 + i / 8 * 16]}
+                 << i % 4 * 8;
+  for (int i = 0; i < 8; ++i)
+    fb[i / 4] |= uint32_t{static_cast<uint8_t>(b[group * 32 + quad * 4 + i % 4 + i / 4 * 16])}
+                 << i % 4 * 8;
+  int32_t sum[4] = {};
+  ptx::mma_u8_s8(sum, fa, fb);
+  for (int i = 0; i < 4; ++i) d[(group + i / 2 * 8) * 8 + quad * 2 + i % 2] = sum[i];
+}
+
+void run_unsigned_product() {
+  std::vector<uint8_t> a(512);
+  std::vector<int8_t> b(256);
+  for (uint8_t& x : a) x = static_cast<uint8_t>(emulator::random_number());
+  for (int8_t& x : b) x = static_cast<int8_t>(emulator::random_number());
+  const Buffer<uint8_t> da(a);
+  const Buffer<int8_t> db(b);
+  const Buffer<int32_t> d(128);
+  launch("unsigned_product", unsigned_product, dim3(1), dim3(32), 0, nullptr, da.data, db.data,
+         d.data);
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 8; ++n) {
+      int32_t sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[m * 32 + k] * b[n * 32 + k];
+      require(d[m * 8 + n] == sum, "wrong product");
+    }
+}
+
 __global__ void sum_of_lanes(const float* in, float* out) {
   float v = in[threadIdx.x];
   for (int mask = 16; mask; mask /= 2) v += ptx::shuffle_xor(v, mask);
@@ -192,6 +268,9 @@ int main() {
 
   expect("product", "", kSeeds, [] { run_product(0); });
   expect("wrong fragment row", "exception", kSeeds, [] { run_product(1); });
+  expect("float16 product", "", kSeeds, [] { run_half_product(false); });
+  expect("bfloat16 product", "", kSeeds, [] { run_half_product(true); });
+  expect("unsigned product", "", kSeeds, [] { run_unsigned_product(); });
   expect("shuffles", "", kSeeds, [] {
     const Buffer<float> in(std::vector<float>(32, 2.0f)), out(1);
     run(sum_of_lanes, 1, 32, in.data, out.data);

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "check.h"
-#include "common/half.h"
+#include "common/epilogue.h"
 #include "quantize/quantize_cuda.h"
 
 using namespace narrowcast;
@@ -38,7 +38,10 @@ struct Case {
 
 void rows(DType dtype, const Case& c) {
   const int bytes = dtype == DType::kFloat32 ? 4 : 2;
-  const Buffer<uint8_t> x(values(dtype, c.rows * c.ld, c.hostile), c.offset ? bytes : 0);
+  std::vector<uint8_t> content = values(dtype, c.rows * c.ld, c.hostile);
+  for (int64_t row = 0; row < c.rows && c.columns; ++row)  // the extreme visits every warp
+    store_float(content.data(), row * c.ld + row * 264 % c.columns, dtype, row % 2 ? 9.0f : -9.0f);
+  const Buffer<uint8_t> x(content, c.offset ? bytes : 0);
   const int64_t units = c.rows * (c.columns ? c.columns / c.group : 1);
   const Buffer<int8_t> q(c.rows * c.columns);
   const Buffer<float> scale(units);
@@ -89,11 +92,12 @@ void by_scale(DType dtype, int64_t count, bool is_signed, bool hostile, bool off
 
 }  // namespace
 
-int main() {
+int main(int argc, char**) {
+  check::quick = argc > 1;
   const Case cases[] = {
       {9, 8, 8, 8, false, false, false},         {5, 1, 1, 1, false, true, false},
       {3, 67, 67, 70, true, true, false},        {2, 96, 32, 104, false, true, false},
-      {3, 2056, 2056, 2056, false, true, false}, {2, 2051, 2051, 2051, true, true, false},
+      {9, 2056, 2056, 2056, false, true, false}, {2, 2051, 2051, 2051, true, true, false},
       {4, 256, 64, 256, false, false, true},     {17, 264, 264, 272, true, true, false},
       {1, 4104, 4104, 4104, true, false, true},  {6, 0, 0, 0, false, false, false},
   };
