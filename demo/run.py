@@ -48,7 +48,7 @@ def measure(
     """Milliseconds per call, (median, least, most), the calls interleaved within every round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for name, call in calls.items():
+        for call in calls.values():
             call()
         for _ in range(rounds):
             for name, call in calls.items():

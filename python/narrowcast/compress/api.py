@@ -239,6 +239,9 @@ def _apply(
     graph: Graph, model: Model, data: Data, recipe: str, group_size: int | None, keep_float: set[str],
     progress: Progress | None,
 ) -> list[Decision]:  # fmt: skip
+    for name, weight in graph.weights.items():
+        if weight.is_floating_point() and weight.isnan().any():
+            raise ArgumentError(f"weight {name} holds NaN: the model is damaged")
     if recipe == "fp32":
         return []
     if recipe == "native" and not graph.native:
@@ -254,9 +257,6 @@ def _apply(
     else:
         decisions = []
     layers = list(graph.calls(ops.linear.default))
-    for name, weight in graph.weights.items():
-        if weight.is_floating_point() and weight.isnan().any():
-            raise ArgumentError(f"weight {name} holds NaN: the model is damaged")
     needs_data = recipe != "native" and layers and data.calibration
     statistics = collect(graph, layers, data.calibration, data.valid, progress) if needs_data else {}
     if recipe == "int8":
