@@ -30,6 +30,9 @@ struct Lanes {
   static T sub(T a, T b) { return _mm512_sub_ps(a, b); }
   static T mul(T a, T b) { return _mm512_mul_ps(a, b); }
   static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
+  // b when one is NaN.
+  static T max(T a, T b) { return _mm512_max_ps(a, b); }
+  static T min(T a, T b) { return _mm512_min_ps(a, b); }
   static float sum(T v) { return _mm512_reduce_add_ps(v); }
   static T act(Activation a, T v) { return activate16(a, v); }
 };
@@ -55,6 +58,9 @@ struct Lanes {
   static T sub(T a, T b) { return _mm256_sub_ps(a, b); }
   static T mul(T a, T b) { return _mm256_mul_ps(a, b); }
   static T fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
+  // b when one is NaN.
+  static T max(T a, T b) { return _mm256_max_ps(a, b); }
+  static T min(T a, T b) { return _mm256_min_ps(a, b); }
   static float sum(T v) { return sum8(v); }
   static T act(Activation a, T v) { return activate8(a, v); }
 };
@@ -79,6 +85,8 @@ struct Lanes {
   static T sub(T a, T b) { return a - b; }
   static T mul(T a, T b) { return a * b; }
   static T fma(T a, T b, T c) { return a * b + c; }
+  static T max(T a, T b) { return a > b ? a : b; }
+  static T min(T a, T b) { return a < b ? a : b; }
   static float sum(T v) { return v; }
   static T act(Activation a, T v) { return activate(a, v); }
 };

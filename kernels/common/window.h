@@ -17,6 +17,7 @@ struct Taps {
 
 static inline Taps taps_inside(const Window& w, int d, int64_t at, int64_t size) {
   const int64_t origin = at * w.stride[d] - w.padding[d], step = w.dilation[d];
+  if (origin >= 0 && origin + (w.kernel[d] - 1) * step < size) return {origin, 0, w.kernel[d]};
   const int64_t first = origin < 0 ? (-origin + step - 1) / step : 0;
   const int64_t end = origin < size ? (size - origin + step - 1) / step : 0;
   const int64_t last = end < w.kernel[d] ? end : w.kernel[d];
