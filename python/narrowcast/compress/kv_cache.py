@@ -19,11 +19,15 @@ def quantize_kv_cache(graph: Graph) -> int:
     for index in range(len(caches) // 2):
         after = caches[2 * index + 1]
         for cache, name in zip(caches[2 * index : 2 * index + 2], (f"k_scale_{index}", f"v_scale_{index}")):
-            val = cache.meta["val"]
-            cache.meta["val"] = val.new_empty(val.shape, dtype=torch.int8)
             with graph.fx.inserting_after(after):
                 scale = graph.fx.placeholder(name)
-            scale.meta["val"] = val.new_empty(val.shape[:-1], dtype=torch.float32)
+            val = cache.meta.get("val")
+            if val is not None:
+                cache.meta["val"] = val.new_empty(val.shape, dtype=torch.int8)
+                scale.meta["val"] = val.new_empty(val.shape[:-1], dtype=torch.float32)
+            else:  # read from a plan
+                cache.meta["dtype"], scale.meta["dtype"] = torch.int8, torch.float32
+                scale.meta["shape"] = list(cache.meta["shape"])[:-1]
             scales[cache] = scale
             after = scale
     for node in graph.calls(ops.kv_append.default):
