@@ -3,6 +3,8 @@
 #include <tuple>
 #include <utility>
 
+#include <algorithm>
+
 #include "attention/attention.h"
 #include "common/check.h"
 #include "common/rows.h"
@@ -10,7 +12,8 @@
 
 namespace narrowcast {
 
-constexpr int64_t kMaxLength = int64_t{1} << 30;  // key numbers are int32 in the kernels
+// Key numbers are int32 in the kernels; a window of this length hides nothing.
+constexpr int64_t kMaxLength = int64_t{1} << 30;
 
 inline bool last_is_dense(const TensorView& t) {
   return numel(t) == 0 || size(t, -1) == 1 || stride(t, -1) == 1;
@@ -45,8 +48,8 @@ inline AttentionStrides strides_of(const TensorView& t) {  // [B, H, S, D]
 
 inline float checked_scale(const char* op, bool given, double scale, double softcap, int64_t window,
                            int64_t depth) {
-  NC_CHECK(softcap >= 0 && softcap < 1e30, op, "softcap must be 0 (none) or positive, got ",
-           softcap);
+  NC_CHECK(softcap >= 0 && softcap < 1e30 && (softcap == 0 || static_cast<float>(softcap) > 0), op,
+           "softcap must be 0 (none) or positive, got ", softcap);
   NC_CHECK(window >= 0, op, "window must be 0 (none) or positive, got ", window);
   if (!given)
     return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(depth ? depth : 1)));
@@ -137,7 +140,7 @@ inline AttentionArgs attention_args(const char* op, const AttentionOperands& t,
   a.q_dtype = a.kv_dtype = a.out_dtype = t.q.dtype;
   a.scale = checked_scale(op, o.has_scale, o.scale, o.softcap, o.window, a.depth);
   a.softcap = static_cast<float>(o.softcap);
-  a.window = o.window, a.causal = o.causal;
+  a.window = std::min(o.window, kMaxLength), a.causal = o.causal;
   return a;
 }
 

@@ -84,7 +84,7 @@ AttentionDecodeArgs decode_args(const Operands& t, bool has_scale, double scale,
   }
   a.scale = checked_scale(kOp, has_scale, scale, softcap, window, a.depth);
   a.softcap = static_cast<float>(softcap);
-  a.window = window, a.causal = true;
+  a.window = std::min(window, kMaxLength), a.causal = true;
   a.q = t.q.data, a.k = t.k_cache.data, a.v = t.v_cache.data;
   a.lengths = static_cast<const int32_t*>(t.lengths.data);
   a.q_dtype = a.out_dtype = t.q.dtype, a.kv_dtype = t.k_cache.dtype;

@@ -101,10 +101,11 @@ Window make_window(const char* op, const std::vector<int64_t>& kernel,
   return w;
 }
 
-int64_t window_positions(const char* op, const Window& w, int d, int64_t size, bool ceil) {
+int64_t window_positions(const char* op, const Window& w, int d, int64_t size, bool ceil,
+                         const char* argument) {
   const int64_t extent = w.dilation[d] * (w.kernel[d] - 1) + 1;
   const int64_t span = size + 2 * w.padding[d] - extent;
-  NC_CHECK(span >= 0, op, "kernel_size must fit the padded image, got ", w.kernel[d],
+  NC_CHECK(span >= 0, op, argument, " must fit the padded image, got ", w.kernel[d],
            " with dilation ", w.dilation[d], " on ", size, " with padding ", w.padding[d]);
   if (!ceil) return span / w.stride[d] + 1;
   const int64_t positions = (span + w.stride[d] - 1) / w.stride[d] + 1;

@@ -26,7 +26,9 @@ Window make_window(const char* op, const std::vector<int64_t>& kernel,
 // Positions of the window along axis d of an image of `size`; refuses a window larger than the
 // padded image. ceil: a last position that overhangs counts when it starts inside the image or its
 // left padding.
-int64_t window_positions(const char* op, const Window& w, int d, int64_t size, bool ceil = false);
+// `argument`: where the op takes the kernel's size from.
+int64_t window_positions(const char* op, const Window& w, int d, int64_t size, bool ceil = false,
+                         const char* argument = "kernel_size");
 
 // An image read in place when it is channels-last, else from a copy that lives as long as this.
 class ReadableImage {

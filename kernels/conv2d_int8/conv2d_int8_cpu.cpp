@@ -240,8 +240,10 @@ void conv2d_int8_out(const Tensor& x, double x_scale, int64_t x_zero_point, cons
   const Conv2dInt8Shape s = shape_of(c);
   check_scales(c, s);
   check_out(c, s);
-  NC_CHECK(!may_overlap(c.out, c.x) && !may_overlap(c.out, c.residual), op,
-           "out must not share memory with x_q or residual");
+  for (const TensorView& input :
+       {view(x, op, "x_q"), view(w, op, "w_q"), view(w_scale, op, "w_scale"),
+        view(bias, op, "bias"), view(residual, op, "residual")})
+    NC_CHECK(!may_overlap(c.out, input), op, "out must not overlap another argument");
   epilogue_of(c, s);
   run(c, s);
 }

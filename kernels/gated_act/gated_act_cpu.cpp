@@ -45,6 +45,7 @@ GatedActArgs gated_args(const char* op, const TensorView& gate, const TensorView
 struct Call {
   const char* op;
   std::vector<Tensor> kept;
+  std::vector<TensorView> copied;  // what `kept` was copied from
   TensorView gate, up;
   GatedActArgs a;
   std::vector<int64_t> sizes;
@@ -52,6 +53,7 @@ struct Call {
   TensorView readable(const Tensor& t, const char* argument) {
     const TensorView v = view(t, op, argument);
     if (v.rank < 1 || has_even_rows(v)) return v;
+    copied.push_back(v);
     kept.push_back(as_contiguous(t));
     return view(kept.back(), op, argument);
   }
@@ -75,8 +77,9 @@ struct Call {
     NC_CHECK(v.dtype == a.dtype && same_shape(v, gate), op, "out must be ", name(a.dtype), " ",
              shape(gate), ", got ", name(v.dtype), " ", shape(v));
     NC_CHECK(is_contiguous(v), op, "out must be contiguous");
-    NC_CHECK(!may_overlap(v, gate) && !may_overlap(v, up), op,
-             "out must not overlap another argument");
+    bool apart = !may_overlap(v, gate) && !may_overlap(v, up);
+    for (const TensorView& source : copied) apart = apart && !may_overlap(v, source);
+    NC_CHECK(apart, op, "out must not overlap another argument");
     a.y = v.data;
     gated_act_run(a);
   }

@@ -73,11 +73,13 @@ LinearArgs linear_args(const Operands& o) {
 // The tensors of one eager call, brought into a form that the kernels read.
 struct Call {
   std::vector<Tensor> kept;
+  std::vector<TensorView> copied;  // what `kept` was copied from
   Operands o;
 
   TensorView readable(const Tensor& t, const char* argument, bool packed) {
     const TensorView v = view(t, kOp, argument);
     if (v.rank < 1 || (packed ? is_contiguous(v) : has_even_rows(v))) return v;
+    copied.push_back(v);
     kept.push_back(torch::stable::contiguous(t));
     return view(kept.back(), kOp, argument);
   }
@@ -117,7 +119,10 @@ void linear_out(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b
                 std::string post_activation, Tensor out) {
   Call c(x, w, bias, activation, residual, post_activation);
   c.o.out = view(out, kOp, "out");
-  run(linear_args(c.o));
+  const LinearArgs a = linear_args(c.o);
+  for (const TensorView& source : c.copied)
+    NC_CHECK(!may_overlap(c.o.out, source), kOp, "out must not overlap another argument");
+  run(a);
 }
 
 Tensor pack_weight(const Tensor& weight) {

@@ -42,6 +42,7 @@ inline LinearInt8Args common_args(const char* op, const Operands& o) {
   NC_CHECK(a.group == 0 || (a.group > 0 && a.group % 32 == 0 && a.depth % a.group == 0), op,
            "group_size must be 0 or a multiple of 32 that divides K = ", a.depth, ", got ",
            a.group);
+  if (a.depth == 0) a.group = 0;  // no group has a sum, but every result has a value
   NC_CHECK(o.w_scale.dtype == DType::kFloat32 &&
                (numel(o.w_scale) == 1 || (o.w_scale.rank == 1 && o.w_scale.sizes[0] == a.columns)),
            op, "w_scale must be float32 [N] = [", a.columns, "] or one number, got ",
@@ -87,11 +88,11 @@ inline LinearInt8Args quantised_args(const char* op, const Operands& o, const Te
   NC_CHECK(o.x.dtype == DType::kInt8, op, "x_q must be int8, got ", name(o.x.dtype));
   LinearInt8Args a = common_args(op, o);
   a.x = static_cast<const int8_t*>(o.x.data);
-  const int64_t groups = a.group ? a.depth / a.group : 1;
+  const int64_t groups = o.group_size ? a.depth / o.group_size : 1;
   const std::string per_row = rows_shape(o.x, groups);
   NC_CHECK(x_scale.dtype == DType::kFloat32, op, "x_scale must be float32, got ",
            name(x_scale.dtype));
-  if (a.group) {
+  if (o.group_size) {
     NC_CHECK(same_leading(x_scale, o.x) && size(x_scale, -1) == groups, op,
              "x_scale must be [..., K / group_size] = ", per_row, ", got ", shape(x_scale));
     a.x_scale_stride = groups;
@@ -107,8 +108,10 @@ inline LinearInt8Args quantised_args(const char* op, const Operands& o, const Te
     a.x_scale_stride = numel(x_scale) == 1 ? 0 : 1;
   }
   a.x_scale = static_cast<const float*>(x_scale.data);
+  static const float one = 1.0f;
+  if (groups == 0) a.x_scale = &one, a.x_scale_stride = 0;
   if (defined(zero)) {
-    NC_CHECK(a.group == 0, op, "x_zero_point must be absent when group_size is set");
+    NC_CHECK(o.group_size == 0, op, "x_zero_point must be absent when group_size is set");
     NC_CHECK(zero.dtype == DType::kInt32 && numel(zero) == a.rows, op,
              "x_zero_point must be int32 with one value per token, got ", name(zero.dtype), " ",
              shape(zero));
@@ -128,8 +131,9 @@ inline void set_requantise(const char* op, LinearInt8Args& a, double out_scale,
   NC_CHECK(dtype == DType::kInt8 || dtype == DType::kUInt8, op,
            "out_dtype must be int8 or uint8, got ", name(dtype));
   a.epilogue.out_scale = static_cast<float>(out_scale);
-  NC_CHECK(std::isfinite(a.epilogue.out_scale) && a.epilogue.out_scale > 0, op,
-           "out_scale must be positive and finite, got ", out_scale);
+  NC_CHECK(std::isfinite(a.epilogue.out_scale) && std::isfinite(1.0f / a.epilogue.out_scale) &&
+               a.epilogue.out_scale > 0,
+           op, "out_scale must be positive and finite, and so its inverse, got ", out_scale);
   const int64_t low = dtype == DType::kInt8 ? -128 : 0;
   NC_CHECK(out_zero_point >= low && out_zero_point <= low + 255, op,
            "out_zero_point must be within ", low, " and ", low + 255, ", got ", out_zero_point);
@@ -139,12 +143,14 @@ inline void set_requantise(const char* op, LinearInt8Args& a, double out_scale,
 // The tensors of one eager call, brought into a form that the kernels read.
 struct Call {
   std::vector<Tensor> kept;
+  std::vector<TensorView> copied;  // what `kept` was copied from
   Operands o;
   TensorView x_scale, zero;
 
   TensorView matrix(const Tensor& t, const char* op, const char* argument) {
     const TensorView v = view(t, op, argument);
     if (has_even_rows(v) || v.rank < 1) return v;
+    copied.push_back(v);
     kept.push_back(torch::stable::contiguous(t));
     return view(kept.back(), op, argument);
   }
@@ -152,6 +158,7 @@ struct Call {
     if (!t) return {};
     const TensorView v = view(*t, op, argument);
     if (is_contiguous(v)) return v;
+    copied.push_back(v);
     kept.push_back(torch::stable::contiguous(*t));
     return view(kept.back(), op, argument);
   }
@@ -165,6 +172,11 @@ struct Call {
     o.bias = packed(bias, op, "bias");
     if (residual) o.residual = matrix(*residual, op, "residual");
     o.activation = activation, o.post_activation = post_activation, o.group_size = group_size;
+  }
+  // The views that are read were checked already; a copy hides what it came from.
+  void check_apart(const char* op) const {
+    for (const TensorView& source : copied)
+      NC_CHECK(!may_overlap(o.out, source), op, "out must not overlap another argument");
   }
   std::vector<int64_t> out_sizes() const {
     std::vector<int64_t> sizes(o.x.sizes, o.x.sizes + std::max(o.x.rank, 0));

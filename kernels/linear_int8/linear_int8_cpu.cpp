@@ -59,7 +59,11 @@ void linear_int8_out(const Tensor& x, const Tensor& x_scale, const Tensor& w, co
   const TensorView xs = c.packed(x_scale, op, "x_scale"), zp = c.packed(zero, op, "x_zero_point");
   c.o.out = view(out, op, "out");
   check_out_floating(op, c.o.out.dtype);
-  run(quantised_args(op, c.o, xs, zp));
+  const LinearInt8Args a = quantised_args(op, c.o, xs, zp);
+  NC_CHECK(!may_overlap(c.o.out, xs) && !may_overlap(c.o.out, zp), op,
+           "out must not overlap another argument");
+  c.check_apart(op);
+  run(a);
 }
 
 Tensor linear_int8_requantize(const Tensor& x, const Tensor& x_scale, const Tensor& w,
@@ -103,7 +107,9 @@ void linear_dynamic_int8_out(const Tensor& x, const Tensor& w, const Tensor& w_s
   Call c(op, "x", x, w, w_scale, bias, activation, residual, group_size, post_activation);
   c.o.out = view(out, op, "out");
   check_out_floating(op, c.o.out.dtype);
-  run(dynamic_args(c.o, asymmetric, strict));
+  const LinearDynamicInt8Args d = dynamic_args(c.o, asymmetric, strict);
+  c.check_apart(op);
+  run(d);
 }
 
 Tensor pack(const Tensor& w_in) {

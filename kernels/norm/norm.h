@@ -7,7 +7,7 @@
 //
 // Numerics: everything from the load of x to the store of y in float32, the variance from the
 // centred values. y and s are each rounded once, when stored; q is taken from the float32 y.
-// NaN or infinity in a row makes that row NaN.
+// NaN or infinity in a row makes that row NaN, and so does a sum of squares beyond float32.
 #pragma once
 #include <cstdint>
 

@@ -56,6 +56,7 @@ NormArgs norm_args(const char* op, const Operands& o, double eps, int64_t group_
 struct Call {
   const char* op;
   std::vector<Tensor> kept;
+  std::vector<TensorView> copied;  // what `kept` was copied from
   Operands o;
   NormArgs a;
   std::vector<int64_t> sizes;
@@ -63,6 +64,7 @@ struct Call {
   TensorView readable(const Tensor& t, const char* argument, bool packed) {
     const TensorView v = view(t, op, argument);
     if (v.rank < 1 || (packed ? is_contiguous(v) : has_even_rows(v))) return v;
+    copied.push_back(v);
     kept.push_back(as_contiguous(t));
     return view(kept.back(), op, argument);
   }
@@ -104,8 +106,9 @@ struct Call {
     NC_CHECK(v.dtype == a.dtype && same_shape(v, o.x), op, "out must be ", name(a.dtype), " ",
              shape(o.x), ", got ", name(v.dtype), " ", shape(v));
     NC_CHECK(is_contiguous(v), op, "out must be contiguous");
-    NC_CHECK(!may_overlap(v, o.x) && !may_overlap(v, o.weight) && !may_overlap(v, o.bias), op,
-             "out must not overlap another argument");
+    bool apart = !may_overlap(v, o.x) && !may_overlap(v, o.weight) && !may_overlap(v, o.bias);
+    for (const TensorView& source : copied) apart = apart && !may_overlap(v, source);
+    NC_CHECK(apart, op, "out must not overlap another argument");
     a.y = v.data;
     norm_run(a);
   }

@@ -79,7 +79,10 @@ void norm_row(const NormArgs& a, int64_t row, float* work) {
       return V::fma(d, d, t);
     });
   }
-  const float factor = 1.0f / sqrtf(square / static_cast<float>(n) + a.eps);
+  // 1 / inf would turn what is finite in such a row into zeros that look like results.
+  const float factor = __builtin_isfinite(square)
+                           ? 1.0f / sqrtf(square / static_cast<float>(n) + a.eps)
+                           : __builtin_nanf("");
 
   const V::T m = V::set(mean), f = V::set(factor);
   const auto last = [&](auto&& parameters) {

@@ -34,8 +34,8 @@ PoolArgs pool_args(const char* op, const TensorView& x, const Window& window, bo
 PoolArgs max_args(const TensorView& x, const Numbers& kernel, const Numbers& stride,
                   const Numbers& padding, const Numbers& dilation, bool ceil) {
   constexpr const char* op = "max_pool2d_int8";
-  NC_CHECK(!kernel.empty() && !stride.empty(), op,
-           "kernel_size and stride must be 2 numbers, got none");
+  NC_CHECK(!kernel.empty(), op, "kernel_size must be 2 numbers, got none");
+  NC_CHECK(!stride.empty(), op, "stride must be 2 numbers, got none");
   PoolArgs a = pool_args(op, x, make_window(op, kernel, stride, padding, dilation), ceil);
   a.is_max = true, a.epilogue.out_dtype = x.dtype;
   return a;
