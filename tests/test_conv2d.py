@@ -168,7 +168,7 @@ def test_steps(channels_last):
         ({"padding": [-1, 0]}, "padding must be 2 numbers from 0"),
         ({"padding": [1, 2, 3]}, "padding must be 2 numbers"),
         ({"dilation": [2**61, 1]}, "dilation must be 2 numbers"),
-        ({"dilation": [4, 1]}, "kernel_size must fit the padded image"),
+        ({"dilation": [4, 1]}, "weight must fit the padded image"),
         ({"activation": "swish"}, "activation must be none, relu"),
         ({"post_activation": "tanh"}, "post_activation must be none, relu"),
     ],

@@ -65,14 +65,26 @@ bool pads_channels(const Conv2dInt8Args& a) {
          !gathers(k, a.shape);
 }
 
+// An output pixel: image, row, column. Walking is cheaper than dividing.
+struct Place {
+  int64_t n, y, x;
+  Place(const Conv2dInt8Shape& s, int64_t pixel)
+      : n(pixel / (s.out_height * s.out_width)),
+        y(pixel / s.out_width % s.out_height),
+        x(pixel % s.out_width) {}
+  void next(const Conv2dInt8Shape& s) {
+    if (++x < s.out_width) return;
+    x = 0;
+    if (++y == s.out_height) y = 0, ++n;
+  }
+};
+
 // All taps of one output pixel side by side; neighbours along a row of the image in one copy.
-void gather(const Conv2dInt8Args& a, int64_t pixel, uint8_t* to) {
+void gather(const Conv2dInt8Args& a, const Place& at, uint8_t* to) {
   const Conv2dInt8Shape& s = a.shape;
-  const int64_t n = pixel / (s.out_height * s.out_width), at = pixel % (s.out_height * s.out_width);
-  const int64_t top = at / s.out_width * s.stride_h - s.padding_h,
-                left = at % s.out_width * s.stride_w - s.padding_w;
+  const int64_t top = at.y * s.stride_h - s.padding_h, left = at.x * s.stride_w - s.padding_w;
   const int64_t line = s.kernel_width * s.channels, row = s.width * s.channels;
-  const uint8_t* image = a.x + n * s.height * row;
+  const uint8_t* image = a.x + at.n * s.height * row;
   const uint8_t* end = a.x + s.batch * s.height * row;
   const bool together = s.dilation_w == 1 && left >= 0 && left + s.kernel_width <= s.width;
   for (int64_t ky = 0; ky < s.kernel_height; ++ky, to += line) {
@@ -133,23 +145,22 @@ void run_dense(const Conv2dInt8Args& a, const uint8_t* x, int64_t depth, const u
           for (int64_t p0 = first; p0 < std::min(pixels, first + per_tile); p0 += step) {
             ConvTile t;
             t.pixels = std::min(step, std::min(pixels, first + per_tile) - p0);
-            for (int64_t p = 0; p < step; ++p) {
-              const int64_t pixel = p0 + std::min(p, t.pixels - 1);
-              if (pointwise) {
-                rows[p] = x + pixel * depth;
-                continue;
-              }
+            if (pointwise)
+              for (int64_t p = 0; p < step; ++p)
+                rows[p] = x + (p0 + std::min(p, t.pixels - 1)) * depth;
+            Place at(s, p0);
+            // The pixels that a last tile lacks repeat its last one.
+            for (int64_t p = 0; p < step && !pointwise; ++p) {
+              if (p > 0 && p < t.pixels) at.next(s);
               if (gathered) {
                 uint8_t* row = taken + p * (kGatherBytes + 16);
-                if (p < t.pixels) gather(a, pixel, row);
+                if (p < t.pixels) gather(a, at, row);
                 rows[p] = row;
                 continue;
               }
-              const int64_t n = pixel / (s.out_height * s.out_width),
-                            at = pixel % (s.out_height * s.out_width);
-              const int64_t top = at / s.out_width * s.stride_h - s.padding_h;
-              const int64_t left = at % s.out_width * s.stride_w - s.padding_w;
-              const uint8_t* image = x + n * s.height * s.width * depth;
+              const int64_t top = at.y * s.stride_h - s.padding_h;
+              const int64_t left = at.x * s.stride_w - s.padding_w;
+              const uint8_t* image = x + at.n * s.height * s.width * depth;
               for (int64_t ky = 0; ky < s.kernel_height; ++ky)
                 for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
                   const int64_t ih = top + ky * s.dilation_h, iw = left + kx * s.dilation_w;
