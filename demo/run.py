@@ -180,15 +180,16 @@ def language_model() -> list[dict]:
 
 
 def _decoder_step(llama, prompt):
-    """One greedy token after a cached prompt; the cache is cut back before each call."""
+    """One greedy token after a cached prompt; the cache is cut back after each call."""
     with torch.inference_mode():
         out = llama(prompt, use_cache=True, logits_to_keep=1)
-    cache, length = out.past_key_values, prompt.shape[1]
+    cache = out.past_key_values
     token = out.logits[:, -1].argmax(-1, keepdim=True)
 
     def step():
-        cache.crop(length)
-        return llama(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+        logits = llama(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        cache.crop(-1)
+        return logits[:, -1].argmax(-1)
 
     return step
 
