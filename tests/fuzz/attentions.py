@@ -365,5 +365,5 @@ OPS = [
         append_faults,
         expect_append,
         written=("k_cache", "v_cache", "k_scale", "v_scale"),
-    ),  # fmt: skip
+    ),
 ]

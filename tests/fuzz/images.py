@@ -344,6 +344,6 @@ OPS = [
         lambda a: pool_faults(a, ("padding", "dilation")),
         expect_max,
         kernels="pool",
-    ),  # fmt: skip
+    ),
     Op("avg_pool2d_int8", draw_average, average_faults, expect_average, kernels="pool"),
 ]
