@@ -33,7 +33,7 @@ def verify(
         except ValueError as error:
             raise ArgumentError("--key must be 64 hexadecimal digits") from error
         loaded.verify_signature(public)
-    report = replay(loaded, device=device)
+    report = replay(loaded, device=device).as_dict()
     if json:
         output.print_json(report)
         return
