@@ -23,6 +23,8 @@ def bench(
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Time a plan over its usual cases; with --vs, interleaved with peers in the same run."""
+    import torch
+
     import narrowcast
     from narrowcast.errors import ArgumentError
     from narrowcast.runtime.timing import cases_of, measure, peers_of
@@ -36,7 +38,14 @@ def bench(
     for case in cases_of(executor):
         times = measure({"narrowcast": case.run, **{n: p[case.name] for n, p in peers.items()}}, repeats)
         rows.append({"case": case.name, "unit": "ms", **times})
+    profiles = {}
+    if profile:
+        # measure() prepared the programs as inference tensors, which may only be written in this mode.
+        with torch.inference_mode():
+            profiles = {case.name: executor.profile(*case.inputs) for case in cases_of(executor)}
     if json:
+        for row in rows:
+            row |= {"profile": profiles[row["case"]].as_dict()} if profile else {}
         output.print_json({"plan": str(plan), "threads": executor.threads, "cases": rows})
         return
     shown = []
@@ -49,8 +58,6 @@ def bench(
     title = f"{plan}, {executor.threads} threads, ms (median of {repeats})"
     columns = ["case", "narrowcast", "spread", *names]
     output.console().print(output.table(title, columns, shown, set(range(1, len(columns)))))
-    if profile:
-        for case in cases_of(executor):
-            if case.inputs is not None:
-                output.console().print(f"\n{case.name}")
-                print(executor.profile(*case.inputs))
+    for name, times in profiles.items():
+        output.console().print(f"\n{name}")
+        print(times)

@@ -13,9 +13,7 @@ from . import output
 def compress(
     source: Annotated[str, typer.Argument(help="a .gguf or .onnx file, or a Hugging Face folder")],
     out: Annotated[Path, typer.Option("-o", "--output", help="the .plan file to write")],
-    recipe: Annotated[
-        str, typer.Option(help="native, fp32, fp16, bf16, int8, int8-weight, int4 or auto")
-    ] = "int8",
+    recipe: Annotated[str, typer.Option(help="native, fp32, int8, int8-weight, int4 or auto")] = "int8",
     data: Annotated[
         str | None, typer.Option(help="calibration data: a text file, or a folder of texts or pictures")
     ] = None,

@@ -19,8 +19,8 @@ def console(stderr: bool = False):
 
 
 def print_json(data: Any) -> None:
-    json.dump(data, sys.stdout, indent=2, allow_nan=False, default=str)
-    sys.stdout.write("\n")
+    # As one text: an error must not leave half a document behind.
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False, default=str) + "\n")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], right: set[int] = frozenset()):
@@ -75,21 +75,11 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
 
 def run(app: Callable[[], None]) -> int:
     """Calls a typer app; errors become one line on the error stream and an exit code, never a traceback."""
-    import click
-
     try:
-        app(standalone_mode=False)
-        return DONE
+        code = app(standalone_mode=False)
+        return code if isinstance(code, int) else DONE  # what a verb exits with comes back as a number
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.exceptions.Abort:
-        print("interrupted", file=sys.stderr)
-        return FAILED
-    except click.ClickException as error:
-        error.show()
-        return BAD_ARGUMENTS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return FAILED
@@ -98,10 +88,20 @@ def run(app: Callable[[], None]) -> int:
 
 
 def _explain(error: Exception) -> int:
-    # Compared by name: importing narrowcast here would import torch for `--help`.
+    # Compared by name: importing narrowcast here would import torch for `--help`, and typer brings click
+    # along under a name of its own, or uses the installed one, by its version.
     kinds = [kind.__name__ for kind in type(error).__mro__]
+    if "Exit" in kinds:
+        return error.exit_code
+    if "Abort" in kinds:
+        print("interrupted", file=sys.stderr)
+        return FAILED
+    if "ClickException" in kinds:
+        error.show()
+        return BAD_ARGUMENTS
     if "Error" in kinds or isinstance(error, OSError | RuntimeError | MemoryError):
-        print(f"narrowcast: {str(error) or type(error).__name__}", file=sys.stderr)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"narrowcast: {'; '.join(lines) or type(error).__name__}", file=sys.stderr)
         if "VerificationError" in kinds:
             return VERIFICATION_FAILED
         return BAD_ARGUMENTS if "ArgumentError" in kinds else FAILED

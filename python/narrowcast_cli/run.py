@@ -12,7 +12,7 @@ from . import output
 
 
 def run(
-    plan: Annotated[Path, typer.Argument(help="a .plan file, or a .gguf or .onnx file to run as it is")],
+    plan: Annotated[Path, typer.Argument(help="a .plan file")],
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="a prompt; sentences; or picture files")
     ],
@@ -22,7 +22,9 @@ def run(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     stream: Annotated[bool, typer.Option(help="print the answer as it comes")] = True,
-    chat: Annotated[bool, typer.Option(help="wrap the prompt in the model's chat template")] = True,
+    chat: Annotated[
+        bool, typer.Option(help="wrap the prompt in the chat template, if the model has one")
+    ] = True,
     top: Annotated[int, typer.Option(min=1, help="classes shown per picture")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
@@ -36,9 +38,11 @@ def run(
     if executor.kind == "decoder":
         if len(inputs) != 1:
             raise ArgumentError(f"a language model takes one prompt, got {len(inputs)}; quote it")
+        # A base model carries no template; its prompt is continued as it stands.
+        asked = chat and "chat_template" in executor.assets
         pieces = executor.generate(
-            inputs[0], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            seed=seed, chat=chat,
+            [{"role": "user", "content": inputs[0]}] if asked else inputs[0],
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         )  # fmt: skip
         if json:
             output.print_json({"prompt": inputs[0], "text": "".join(pieces)})
@@ -60,9 +64,14 @@ def run(
 
 
 def _compare(executor, sentences: list[str], json: bool) -> None:
-    from narrowcast.runtime.tasks import embed
+    import torch
 
-    vectors = embed(executor, sentences)
+    from narrowcast.errors import UnsupportedError
+
+    vectors = executor.encode(sentences)
+    if vectors.dim() != 2:
+        raise UnsupportedError("sentences are compared by a pooling encoder; this plan gives hidden states")
+    vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)
     similarity = vectors @ vectors.T
     if json:
         output.print_json({"sentences": sentences, "similarity": similarity.tolist()})

@@ -33,9 +33,11 @@ def verify(
         except ValueError as error:
             raise ArgumentError("--key must be 64 hexadecimal digits") from error
         loaded.verify_signature(public)
-    report = replay(loaded, device=device).as_dict()
+    report = replay(loaded, device=device)
     if json:
-        output.print_json(report)
+        output.print_json({"plan": str(plan), **report.as_dict()})
         return
-    rows = [[str(name), str(value)] for name, value in report.items()]
-    output.console().print(output.table(f"{plan} holds", ["what", "value"], rows))
+    rows = [[str(c.sample), str(c.output), f"{c.error:.3g}", f"{c.tolerance:.3g}"] for c in report.checks]
+    columns = ["sample", "output", "error", "tolerance"]
+    where = f"{report.device}, kernels {report.kernels}, {report.threads} threads"
+    output.console().print(output.table(f"{plan} holds ({where})", columns, rows, {0, 1, 2, 3}))
