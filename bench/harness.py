@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import narrowcast
+from narrowcast.files import atomic_path
+from narrowcast.runtime.threads import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -98,21 +100,12 @@ def int8_peak(threads: int) -> float:
     return 2 * 1024**3 / _best(lambda: torch.ops.narrowcast.linear_int8(codes, scale, codes, scale))
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def machine() -> dict:
     """The machine row: what the numbers of a file were measured on."""
     threads = torch.get_num_threads()
     return {
         "room": "machine",
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "isa": torch.ops.narrowcast._isa(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
@@ -203,9 +196,8 @@ def write(rows: Sequence[Mapping], path: str | Path) -> Path:
     if path.suffix != ".json":
         path = RESULTS / f"{path}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps([machine(), *rows], indent=1) + "\n")
-    os.replace(partial, path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps([machine(), *rows], indent=1) + "\n")
     return path
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from narrowcast._version import __version__
 from narrowcast.errors import ArgumentError, FormatError, UnsupportedError, VerificationError
+from narrowcast.files import atomic_path
 
 from .ir import Graph
 from .serialize import MAX_RANK, from_json, to_json
@@ -95,18 +95,8 @@ class Plan:
         if self.signature:
             document["signature"] = self.signature
         text = _text(document)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            safetensors.torch.save_file(tensors, temporary, metadata={_KEY: text})
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with atomic_path(path) as temporary:
+            safetensors.torch.save_file(tensors, str(temporary), metadata={_KEY: text})
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -203,21 +193,6 @@ def _ed25519():
             "signatures need the package cryptography: pip install cryptography"
         ) from error
     return ed25519
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name, too, is on disk when save returns."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

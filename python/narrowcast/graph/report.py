@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import html
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from narrowcast.errors import UnsupportedError
+from narrowcast.files import atomic_path
 
 from .plan import Plan
 from .serialize import target_name
@@ -75,7 +74,8 @@ def write_html(plan: Plan, path: str | os.PathLike) -> None:
 <h2>Error per layer</h2>{_bars(layers)}
 <table><tr><th>layer<th>op<th>weights<th>bytes<th>SQNR dB<th>why</tr>{rows}</table>
 """
-    _write(Path(path), page.encode())
+    with atomic_path(path) as temporary:
+        temporary.write_text(page)
 
 
 def _bounds(pair: Any) -> str:
@@ -117,16 +117,5 @@ def write_png(plan: Plan, path: str | os.PathLike) -> None:
     axes.set_xticks(range(len(known)), [r["name"] for r in known], rotation=90, fontsize=5)
     axes.set_ylabel("SQNR (dB)")
     axes.set_title(f"{plan.source.get('path', 'plan')}: {plan.recipe}")
-    figure.savefig(path, dpi=150, format="png")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
