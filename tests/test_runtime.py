@@ -59,6 +59,19 @@ def test_results_equal_the_module(mixed, shape):
         ids = torch.randint(0, 50, shape)
 
 
+def test_inference_mode_may_come_and_go(mixed):
+    module, graph = mixed
+    for first in (True, False):
+        exe = Executor(graph, device="cpu")
+        for mode in (first, not first, first):
+            ids = torch.randint(0, 50, (2, 9))
+            with torch.inference_mode(mode):
+                results = exe(ids)
+                exe.profile(ids, repeats=1, warmup=0)
+            for out, expected in zip(results, module(ids)):
+                torch.testing.assert_close(out, expected)
+
+
 def test_outputs_are_the_callers(mixed):
     _, graph = mixed
     exe = Executor(graph, device="cpu")

@@ -23,8 +23,6 @@ def bench(
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Time a plan over its usual cases; with --vs, interleaved with peers in the same run."""
-    import torch
-
     import narrowcast
     from narrowcast.errors import ArgumentError
     from narrowcast.runtime.timing import cases_of, measure, peers_of
@@ -40,9 +38,7 @@ def bench(
         rows.append({"case": case.name, "unit": "ms", **times})
     profiles = {}
     if profile:
-        # measure() prepared the programs as inference tensors, which may only be written in this mode.
-        with torch.inference_mode():
-            profiles = {case.name: executor.profile(*case.inputs) for case in cases_of(executor)}
+        profiles = {case.name: executor.profile(*case.inputs) for case in cases_of(executor)}
     if json:
         for row in rows:
             row |= {"profile": profiles[row["case"]].as_dict()} if profile else {}

@@ -29,14 +29,15 @@ class KVCache:
 
     def _new(self, capacity: int) -> list[Tensor]:
         # Zeros: a slot that was never written may be read under a mask, and 0 * NaN is not 0.
-        return [
-            torch.zeros(
-                (self.batch, heads, capacity, *([] if size is None else [size])),
-                dtype=dtype,
-                device=self.device,
-            )
-            for dtype, heads, size in self.layout
-        ]
+        with torch.inference_mode(False):  # else it could not be written outside of that mode
+            return [
+                torch.zeros(
+                    (self.batch, heads, capacity, *([] if size is None else [size])),
+                    dtype=dtype,
+                    device=self.device,
+                )
+                for dtype, heads, size in self.layout
+            ]
 
     def grow(self, capacity: int) -> None:
         """More slots; what is in them stays."""

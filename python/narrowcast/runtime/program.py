@@ -58,7 +58,8 @@ class Program(Trace):
     def __init__(self, shared: Shared, inputs: Sequence[Tensor]):
         self.loop = _runtime.Program()
         before = _runtime.buffer_bytes() - shared.packed.bytes
-        with torch.no_grad():
+        # Memory made under inference_mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             super().__init__(shared, inputs)
             self._plan_memory()
             self._bind(inputs)
@@ -187,10 +188,11 @@ class Program(Trace):
                 self._attach(buffer, given)
                 changed.add(index)
         if changed:
-            for i, step in enumerate(self.steps):
-                if not changed.isdisjoint(step.buffers):
-                    self._build(step, i)
-            self._results = [self._tensor(fake) for fake in self.outputs]
+            with torch.inference_mode(False):  # as in __init__
+                for i, step in enumerate(self.steps):
+                    if not changed.isdisjoint(step.buffers):
+                        self._build(step, i)
+                self._results = [self._tensor(fake) for fake in self.outputs]
         for position, place in self._inputs:
             place.copy_(inputs[position])
 
