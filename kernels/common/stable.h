@@ -22,6 +22,8 @@ using torch::stable::Tensor;
 // kMaxRank.
 TensorView view(const Tensor& t, const char* op, const char* argument);
 TensorView view(const std::optional<Tensor>& t, const char* op, const char* argument);
+// The same wherever t is.
+TensorView describe(const Tensor& t, const char* op, const char* argument);
 
 ScalarType scalar_type(DType t);
 DType dtype_of(ScalarType t);
@@ -30,11 +32,11 @@ DType dtype_of(ScalarType t);
 Tensor empty(const std::vector<int64_t>& sizes, DType dtype);
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      DType dtype);
+Tensor empty_strided_on(int32_t device_type, int32_t device, const std::vector<int64_t>& sizes,
+                        const std::vector<int64_t>& strides, DType dtype);
 // A new tensor of logical shape [N, C, H, W] that lies in memory as NHWC.
 Tensor empty_channels_last(const std::vector<int64_t>& nchw, DType dtype);
 // t itself when its elements lie contiguously, else a contiguous copy.
 Tensor as_contiguous(const Tensor& t);
-// t itself when it is a dense NHWC image of logical shape [N, C, H, W], else a copy that is.
-Tensor as_channels_last(const Tensor& t);
 
 }  // namespace narrowcast

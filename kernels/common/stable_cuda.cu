@@ -19,25 +19,14 @@ TensorView view(const Tensor& t, const char* op, const char* argument) {
                 current = torch::stable::accelerator::getCurrentDeviceIndex();
   NC_CHECK(device == current, op, argument, " must be on GPU ", current,
            " like the op's first tensor, got GPU ", device);
-  TensorView v;
-  v.rank = static_cast<int>(t.dim());
-  NC_CHECK(v.rank <= kMaxRank, op, argument, " must have at most ", kMaxRank, " dimensions, got ",
-           v.rank);
-  v.dtype = dtype_of(t.scalar_type());
-  v.data = t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr;
-  const auto sizes = t.sizes(), strides = t.strides();
-  for (int d = 0; d < v.rank; ++d) v.sizes[d] = sizes[d], v.strides[d] = strides[d];
-  return v;
+  return describe(t, op, argument);
 }
 
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      DType dtype) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type(dtype))),
-      aoti_torch_device_type_cuda(), torch::stable::accelerator::getCurrentDeviceIndex(), &handle));
-  return Tensor(handle);
+  return empty_strided_on(aoti_torch_device_type_cuda(),
+                          torch::stable::accelerator::getCurrentDeviceIndex(), sizes, strides,
+                          dtype);
 }
 
 }  // namespace narrowcast

@@ -51,6 +51,28 @@ ScalarType scalar_type(DType t) {
   }
 }
 
+TensorView describe(const Tensor& t, const char* op, const char* argument) {
+  TensorView v;
+  v.rank = static_cast<int>(t.dim());
+  NC_CHECK(v.rank <= kMaxRank, op, argument, " must have at most ", kMaxRank, " dimensions, got ",
+           v.rank);
+  v.dtype = dtype_of(t.scalar_type());
+  v.data = t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (int d = 0; d < v.rank; ++d) v.sizes[d] = sizes[d], v.strides[d] = strides[d];
+  return v;
+}
+
+Tensor empty_strided_on(int32_t device_type, int32_t device, const std::vector<int64_t>& sizes,
+                        const std::vector<int64_t>& strides, DType dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type(dtype))),
+      device_type, device, &handle));
+  return Tensor(handle);
+}
+
 TensorView view(const std::optional<Tensor>& t, const char* op, const char* argument) {
   return t ? view(*t, op, argument) : TensorView{};
 }

@@ -159,7 +159,7 @@ Conv2dInt8Args args_of(const Call& c, const Conv2dInt8Shape& s, const Conv2dInt8
   return a;
 }
 
-// Tensors in the layout that kernels read, kept alive for the length of a call.
+// Tensors kept alive for the length of a call, weights in the layout that kernels read.
 struct Held {
   Tensor x, w, w_scale;
   std::optional<Tensor> bias, residual;
@@ -170,11 +170,9 @@ Call call_of(Held& h, double x_scale, int64_t x_zero_point, const std::vector<in
              int64_t groups, const std::string& activation, double residual_scale,
              int64_t residual_zero_point, const std::string& post_activation, double out_scale,
              int64_t out_zero_point) {
-  view(h.x, op, "x_q"), view(h.w, op, "w_q"), view(h.w_scale, op, "w_scale");
-  view(h.bias, op, "bias"), view(h.residual, op, "residual");
-  h.x = as_channels_last(h.x), h.w = as_contiguous(h.w), h.w_scale = as_contiguous(h.w_scale);
+  view(h.w, op, "w_q"), view(h.w_scale, op, "w_scale"), view(h.bias, op, "bias");
+  h.w = as_contiguous(h.w), h.w_scale = as_contiguous(h.w_scale);
   if (h.bias) h.bias = as_contiguous(*h.bias);
-  if (h.residual) h.residual = as_channels_last(*h.residual);
   Call c;
   c.x = view(h.x, op, "x_q"), c.w = view(h.w, op, "w_q"),
   c.w_scale = view(h.w_scale, op, "w_scale");
@@ -187,9 +185,12 @@ Call call_of(Held& h, double x_scale, int64_t x_zero_point, const std::vector<in
   return c;
 }
 
-void run(const Call& c, const Conv2dInt8Shape& s) {
+// After every check: images of other layouts are copied here.
+void run(Call c, const Conv2dInt8Shape& s) {
   const Conv2dInt8Kernel& kernel = conv2d_int8_kernel();
   if (numel(c.out) == 0) return;
+  const ReadableImage x(c.x), residual(c.residual);
+  c.x = x.view(), c.residual = residual.view();
   const int64_t packed = conv2d_int8_packed_bytes(kernel, s);
   ThreadScratch memory(packed + conv2d_int8_scratch(kernel, s));
   const Conv2dInt8Weights weights = pack(c, s, kernel, memory.data());
