@@ -11,7 +11,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 warnings.filterwarnings("ignore")
@@ -29,6 +28,7 @@ from narrowcast.compress.calibrate import text_batches, token_windows  # noqa: E
 from narrowcast.graph import Graph  # noqa: E402
 from narrowcast.graph.passes import optimize  # noqa: E402
 from narrowcast.importers.model import load_model  # noqa: E402
+from narrowcast.runtime.timing import measure  # noqa: E402
 
 console = Console(highlight=False, width=max(Console().width, 150))
 ROOT = Path(__file__).parents[1]
@@ -42,34 +42,17 @@ def say(text: str) -> None:
     console.print(f"[dim]{time.monotonic() - began:5.0f} s[/dim]  {text}")
 
 
-def measure(
-    calls: dict[str, Callable], rounds: int = ROUNDS, inner: int = 1
-) -> dict[str, tuple[float, float, float]]:
-    """Milliseconds per call, (median, least, most), the calls interleaved within every round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for call in calls.values():
-            call()
-        for _ in range(rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                for _ in range(inner):
-                    call()
-                times[name].append((time.perf_counter() - start) * 1e3 / inner)
-    return {name: (sorted(t)[len(t) // 2], min(t), max(t)) for name, t in times.items()}
-
-
 def row(model, recipe, case, sizes, metric, value, reference, unit, bounds, times, threads) -> dict:
     """One line of the table and of build/demo.json."""
     peers = {name: t for name, t in times.items() if name != "narrowcast"}
-    fastest = min(peers, key=lambda name: peers[name][0])
+    fastest = min(peers, key=lambda name: peers[name]["median"])
     ours = times["narrowcast"]
     return {
         "model": model, "recipe": recipe, "case": case,
         "bytes_before": sizes[0], "bytes_file": sizes[1], "bytes_after": sizes[2],
         "metric": metric, "value": value, "reference": reference, "unit": unit, "bounds_95": bounds,
-        "ms": ours[0], "ms_spread": [ours[1], ours[2]],
-        "ms_torch_fp32": times["torch fp32"][0], "ms_torch_best": peers[fastest][0], "torch_best": fastest,
+        "ms": ours["median"], "ms_spread": [ours["low"], ours["high"]],
+        "ms_torch_fp32": times["torch fp32"]["median"], "ms_torch_best": peers[fastest]["median"], "torch_best": fastest,
         "threads": threads, "device": f"cpu ({torch.ops.narrowcast._isa()})",
     }  # fmt: skip
 
@@ -172,9 +155,9 @@ def language_model() -> list[dict]:
             [r.low, r.high],
         )
         size = (fused.weight_bytes, source_bytes(path), sizes[name])
-        times = measure({"narrowcast": _our_step(exe, ids[:, :64]), **decode_peers}, inner=8)
+        times = measure({"narrowcast": _our_step(exe, ids[:, :64]), **decode_peers}, ROUNDS, inner=8)
         rows.append(row(*common, "decode", size, *figures, times, exe.threads))
-        times = measure({"narrowcast": _our_prefill(exe, ids), **prefill_peers}, rounds=5)
+        times = measure({"narrowcast": _our_prefill(exe, ids), **prefill_peers}, 5)
         rows.append(row(*common, "prefill_512", size, *figures, times, exe.threads))
     return rows
 
@@ -256,7 +239,7 @@ def encoder() -> list[dict]:
     tokenizer.no_padding()
     for case, batch, length in (("1x32", 1, 32), ("8x128", 8, 128)):
         text = " ".join(test)
-        ids = text_batches([text[i * 400 :] for i in range(batch)], tokenizer, 0, length, batch)[0][0]
+        ids = text_batches([text[i * 400 :] for i in range(batch)], tokenizer, length, batch)[0][0]
         mask = torch.ones_like(ids)
         calls = {
             "narrowcast": lambda ids=ids, mask=mask: exe(ids, mask),
@@ -266,7 +249,7 @@ def encoder() -> list[dict]:
         fast = compiled(bert, ids, mask)
         if fast is not None:
             calls["torch compile"] = lambda ids=ids, mask=mask, fast=fast: fast(ids, mask)
-        times = measure(calls, inner=4 if batch == 1 else 1)
+        times = measure(calls, ROUNDS, inner=4 if batch == 1 else 1)
         sizes = (fused.weight_bytes, source_bytes(path), size)
         figures = ("mean cosine", r["cosine"].value, 1.0, "cosine", [r["cosine"].low, r["cosine"].high])
         rows.append(row("MiniLM-L6", "int8", case, sizes, *figures, times, exe.threads))
@@ -318,7 +301,7 @@ def image_model() -> list[dict]:
         fast = compiled(module, x) if batch == 1 else None
         if fast is not None:
             calls["torch compile"] = lambda x=x, fast=fast: fast(x)
-        times = measure(calls, inner=4 if batch == 1 else 1)
+        times = measure(calls, ROUNDS, inner=4 if batch == 1 else 1)
         sizes = (fused.weight_bytes, source_bytes(path), size)
         figures = (
             "top-1 agreement",

@@ -30,7 +30,7 @@ def collect() -> dict:
     import torch
 
     import narrowcast
-    from narrowcast.runtime.threads import default_threads
+    from narrowcast.runtime.threads import cpu_name, default_threads
 
     ops = torch.ops.narrowcast
     notes = narrowcast.show_config().splitlines()[2:]
@@ -57,16 +57,6 @@ def collect() -> dict:
         "notes": notes,
     }
     return facts
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.machine()
 
 
 def self_test() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from narrowcast.graph import Graph, Plan
 from narrowcast.graph.passes import optimize
 from narrowcast.importers.model import Model, load_model
 from narrowcast.runtime.executor import Executor, resolve_device
+from narrowcast.runtime.text import load_tokenizer
 from narrowcast.runtime.verify import certify
 
 from . import metrics as measure
@@ -107,13 +109,7 @@ class Data:
         self.warnings: list[str] = []
         self.tokenizer = None
         if "tokenizer.json" in model.assets:
-            try:
-                from tokenizers import Tokenizer
-            except ImportError as error:
-                raise UnsupportedError(
-                    "text needs the package tokenizers: pip install narrowcast[gguf]"
-                ) from error
-            self.tokenizer = Tokenizer.from_str(model.assets["tokenizer.json"].decode())
+            self.tokenizer = load_tokenizer(model.assets)
             self.tokenizer.no_padding()
             self.tokenizer.no_truncation()
         build = {"decoder": self._decoder, "encoder": self._encoder, "image": self._image}.get(model.kind)
@@ -159,16 +155,13 @@ class Data:
             raise ArgumentError("data cannot be used: this model has no tokenizer")
         texts = self._texts(data)
         if len(texts) == 1:  # a document: its sentences
-            import re
-
             texts = [t.strip() for t in re.split(r"(?<=[.!?])\s+", texts[0]) if len(t.strip()) > 20][:320]
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.seed)).tolist()
         texts = [texts[i] for i in order]
         keep = max(1, len(texts) // 5)
         length = min(int(self.model.config.get("max_position_embeddings", 512)), 256)
-        pad = int(self.model.config.get("pad_token_id") or 0)
-        self.calibration = [*text_batches(texts[keep:] or texts, self.tokenizer, pad, length, 16)]
-        self.held_out = [*text_batches(texts[:keep], self.tokenizer, pad, length, 16)]
+        self.calibration = [*text_batches(texts[keep:] or texts, self.tokenizer, length, 16)]
+        self.held_out = [*text_batches(texts[:keep], self.tokenizer, length, 16)]
 
     def _image(self, graph: Graph, data: Any) -> None:
         if data is None:

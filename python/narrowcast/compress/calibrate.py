@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from narrowcast.errors import ArgumentError
 from narrowcast.graph import Graph
+from narrowcast.runtime.encoding import padded
 
 #: Rows of a layer's input that are kept to try quantisers on.
 SAMPLE_ROWS = 256
@@ -113,15 +114,10 @@ def token_windows(text: str, tokenizer: Any, bos: int | None, length: int, count
     return windows
 
 
-def text_batches(
-    texts: Sequence[str], tokenizer: Any, pad: int, length: int, size: int
-) -> list[tuple[Tensor, Tensor]]:
-    """(input_ids, attention_mask) of sentences, sorted by nothing, padded to the longest of each batch."""
+def text_batches(texts: Sequence[str], tokenizer: Any, length: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """(input_ids, attention_mask) of sentences in their order, padded to the longest of each batch."""
     batches = []
     for first in range(0, len(texts), size):
         rows = [tokenizer.encode(t).ids[:length] for t in texts[first : first + size]]
-        longest = max(len(r) for r in rows)
-        ids = torch.tensor([r + [pad] * (longest - len(r)) for r in rows])
-        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
-        batches.append((ids, mask))
+        batches.append(padded(rows, step=1, most=None))
     return batches

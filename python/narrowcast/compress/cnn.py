@@ -152,22 +152,23 @@ def weight_macs(graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> dict[fx.
 
 
 def sensitivity(
-    graph: Graph, inputs: tuple[Tensor, ...], progress: Callable[[str, int, int], Any] | None
+    graph: Graph,
+    inputs: tuple[Tensor, ...],
+    rounded: dict[fx.Node, Int8Weight],
+    progress: Callable[[str, int, int], Any] | None,
 ) -> dict[fx.Node, float]:
-    """KL divergence of the outputs when one layer's weights alone are rounded to int8."""
+    """KL divergence of the outputs when one layer's weights alone are those of ``rounded``."""
     reference = graph.run(*inputs)[0].float().log_softmax(-1)
-    layers = list(graph.calls(ops.conv2d.default))
     losses = {}
-    for index, node in enumerate(layers):
+    for index, (node, quantised) in enumerate(rounded.items()):
         name = Layer(node)["weight"].target
         weight = graph.weights[name]
-        quantised = int8_rows(weight)
         graph.weights[name] = _dequantised(quantised, weight)
         ours = graph.run(*inputs)[0].float().log_softmax(-1)
         graph.weights[name] = weight
         losses[node] = (reference.exp() * (reference - ours)).sum(-1).mean().item()
         if progress is not None:
-            progress("sensitivity", index + 1, len(layers))
+            progress("sensitivity", index + 1, len(rounded))
     return losses
 
 
@@ -207,7 +208,10 @@ def quantize_cnn(
     edges = observe_edges(graph, batches, progress)
     macs = weight_macs(graph, batches)
     few = tuple(x[:8] for x in batches[0])
-    losses = sensitivity(graph, few, progress)
+    rounded = {
+        node: int8_rows(graph.weight(Layer(node)["weight"])) for node in graph.calls(ops.conv2d.default)
+    }
+    losses = sensitivity(graph, few, rounded, progress)
     in_float = set(stand_out(losses, macs))
     usual = median(losses)
     decisions, rewritten = [], {}
@@ -243,7 +247,7 @@ def quantize_cnn(
             residual = as_uint8(residual, node)
         weight = graph.weight(layer["weight"])
         edge = edges[layer["x"]]
-        quantised = int8_rows(weight)
+        quantised = rounded[node]
         restored = _dequantised(quantised, weight)
         bias = torch.zeros(weight.shape[0]) if layer["bias"] is None else graph.weight(layer["bias"]).float()
         correction = _expected(weight.float() - restored, edge.mean, layer["groups"])
@@ -264,7 +268,8 @@ def quantize_cnn(
         quantised_of[node] = made
         decisions.append(Decision(name, "conv2d_int8", "int8", sqnr_db=sqnr_db(weight.float(), restored)))
 
-    for node, made in rewritten.items():
+    # Later layers first: a float layer that is about to go needs no float input.
+    for node, made in reversed(rewritten.items()):
         _serve_float_users(graph, node, made, quantisers[node])
     graph.clean()
     return decisions
@@ -281,17 +286,13 @@ def _expected(difference: Tensor, mean: Tensor, groups: int) -> Tensor:
 def _serve_float_users(graph: Graph, node: fx.Node, made: fx.Node, quantiser: tuple[float, int]) -> None:
     """Users of a layer that want float: a global average pool reads the int8 image, others a dequantised one."""
     scale, zero = quantiser
-    users = [u for u in node.users if u is not made]
     dequantised = None
-    for user in users:
+    for user in list(node.users):
         if _is_global_pool(user):
             pooled = graph.add_call(ops.avg_pool2d_int8.default, (made, scale, zero), like=user)
             keeps = calls(user, aten.adaptive_avg_pool2d.default) or argument(user, 2, "keepdim", False)
             result = pooled if keeps else graph.add_call(aten.flatten.using_ints, (pooled, 1), like=user)
             graph.replace(user, result)
-            continue
-        if calls(user, ops.quantize_int8_static.default) and user.args[1:3] == (scale, zero):
-            graph.replace(user, made)
             continue
         if dequantised is None:
             factor = graph.add_weight(f"{made.name}.out_scale", torch.tensor(scale), before=user)

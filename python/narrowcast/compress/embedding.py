@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from narrowcast.formats import GroupedWeight, Int8Weight
 from narrowcast.graph import Graph
 
 aten = torch.ops.aten
 ops = torch.ops.narrowcast
+
+Quantised = Int8Weight | GroupedWeight
+Parts = dict[str, fx.Node | None]
 
 #: Smaller tables are not worth two more gathers.
 LEAST_ELEMENTS = 1 << 18
@@ -23,12 +28,41 @@ def large_tables(graph: Graph) -> list[fx.Node]:
     ]
 
 
-def gather(
-    graph: Graph, node: fx.Node, names: dict[str, fx.Node], weight: Int8Weight | GroupedWeight
-) -> None:
+def quantize_tables(
+    graph: Graph,
+    shared: dict[str, tuple[Parts, Quantised]],
+    make: Callable[[fx.Node, str], tuple[Parts, Quantised] | None],
+) -> list[tuple[str, Tensor, Quantised]]:
+    """Replaces every large table; returns (name, float table, quantised table) of each.
+
+    shared: weight name -> what the output layer made of it, for tied tables. make(node, name): the parts of
+    any other table, placed before ``node``, or None to leave it in float.
+    """
+    replaced = []
+    for node in large_tables(graph):
+        target = node.args[0].target
+        name, table = target.removesuffix(".weight"), graph.weights[target]
+        if target in shared:
+            parts, quantised = shared[target]
+            # The gather runs before the output layer: its weights must be there already.
+            first = next(iter(graph.fx.nodes))
+            for part in parts.values():
+                if part is not None:
+                    first.prepend(part)
+        else:
+            made = make(node, name)
+            if made is None:
+                continue
+            parts, quantised = made
+        gather(graph, node, parts, quantised)
+        replaced.append((name, table, quantised))
+    return replaced
+
+
+def gather(graph: Graph, node: fx.Node, parts: Parts, weight: Quantised) -> None:
     """Replaces ``embedding(table, ids)`` by gathers of the quantised rows and their dequantisation.
 
-    names: ``get_attr`` nodes of the quantised parts ("q" and "scale", or "packed", "scale" and "offset"),
+    parts: ``get_attr`` nodes of the quantised parts ("q" and "scale", or "packed", "scale" and "offset"),
     which the output layer may share.
     """
     ids = node.args[1]
@@ -37,7 +71,7 @@ def gather(
         part: None
         if attribute is None
         else graph.add_call(aten.index_select.default, (attribute, 0, flat), like=node)
-        for part, attribute in names.items()
+        for part, attribute in parts.items()
     }
     if isinstance(weight, Int8Weight):
         values = graph.add_call(ops.dequantize_int8.default, (rows["q"], rows["scale"]), like=node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +106,3 @@ def image_metrics(reference: Tensor, ours: Tensor) -> dict[str, Metric]:
 
 #: The metric that a budget is about, by the kind of model.
 MAIN = {"decoder": "perplexity_increase", "encoder": "cosine", "image": "agreement"}
-
-
-def as_numbers(metrics: Iterable[Metric]) -> dict[str, float]:
-    return {metric.name: metric.value for metric in metrics}

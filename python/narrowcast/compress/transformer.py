@@ -181,55 +181,47 @@ def quantize_int8(
         has_data = found is not None and found.rows > 0
         quantised = int8_rows(weight, found.square if has_data else None)
         group = activation_group(weight.shape[1], group_size)
-        bias = layer["bias"]
+        bias, correction = layer["bias"], None
         if bias is not None and has_data:
             correction = (weight.float() - quantised.dequantize()) @ found.mean
             value = graph.weight(bias)
             bias = graph.add_weight(
                 f"{name}.bias_corrected", (value.float() + correction).to(value.dtype), before=node
             )
-        q = graph.add_weight(f"{name}.q", quantised.q, before=node)
-        scale = graph.add_weight(f"{name}.scale", quantised.scale, before=node)
-        shared[layer["weight"].target] = ({"q": q, "scale": scale}, quantised)
+        parts = _rows(graph, name, quantised, node)
+        shared[layer["weight"].target] = (parts, quantised)
         decision = Decision(name, "linear_dynamic_int8", "int8", alpha=alphas.get(node), group_size=group)
         if has_data:
             reference = found.sample @ weight.float().t()
             ours = _fake_activation(found.sample, group) @ quantised.dequantize().t()
-            if layer["bias"] is not None:
-                ours = ours + (weight.float() - quantised.dequantize()) @ found.mean
+            ours = ours if correction is None else ours + correction
             decision.sqnr_db = sqnr_db(reference, ours)
         else:
             decision.why = "no calibration data reached it"
         decisions.append(decision)
-        arguments = (layer["x"], q, scale, bias, layer["activation"], layer["residual"], layer["out_dtype"])
+        arguments = (
+            layer["x"], parts["q"], parts["scale"], bias, layer["activation"], layer["residual"],
+            layer["out_dtype"],
+        )  # fmt: skip
         options = {"group_size": group, "post_activation": layer["post_activation"]}
         graph.replace(node, graph.add_call(ops.linear_dynamic_int8.default, arguments, options, like=node))
-    decisions += _quantize_tables(graph, shared)
+
+    def table(node: fx.Node, name: str) -> tuple[embedding.Parts, Int8Weight]:
+        quantised = int8_rows(graph.weight(node.args[0]))
+        return _rows(graph, name, quantised, node), quantised
+
+    for name, original, quantised in embedding.quantize_tables(graph, shared, table):
+        error = sqnr_db(original.float(), quantised.dequantize())
+        decisions.append(Decision(name, "embedding", "int8", sqnr_db=error))
     graph.clean()
     return decisions
 
 
-def _quantize_tables(graph: Graph, shared: dict) -> list[Decision]:
-    decisions = []
-    for node in embedding.large_tables(graph):
-        attribute = node.args[0]
-        name = attribute.target.removesuffix(".weight")
-        if attribute.target in shared:
-            names, quantised = shared[attribute.target]
-            first = next(iter(graph.fx.nodes))
-            # The gather runs before the output layer: its attributes must be there already.
-            for part in names.values():
-                first.prepend(part)
-        else:
-            quantised = int8_rows(graph.weight(attribute))
-            names = {
-                "q": graph.add_weight(f"{name}.q", quantised.q, before=node),
-                "scale": graph.add_weight(f"{name}.scale", quantised.scale, before=node),
-            }
-        error = sqnr_db(graph.weight(attribute).float(), quantised.dequantize())
-        decisions.append(Decision(name, "embedding", "int8", sqnr_db=error))
-        embedding.gather(graph, node, names, quantised)
-    return decisions
+def _rows(graph: Graph, name: str, weight: Int8Weight, before: fx.Node) -> embedding.Parts:
+    return {
+        "q": graph.add_weight(f"{name}.q", weight.q, before=before),
+        "scale": graph.add_weight(f"{name}.scale", weight.scale, before=before),
+    }
 
 
 # --- weights in groups ----------------------------------------------------------------------------
@@ -274,7 +266,7 @@ def quantize_grouped(
         else:
             size = group_size if weight.shape[1] % group_size == 0 else 32
             quantised = grouped(weight, bits, size, importance, symmetric)
-        parts = _attributes(graph, name, quantised, node)
+        parts = _groups(graph, name, quantised, node)
         shared[layer["weight"].target] = (parts, quantised)
         decision = Decision(name, "linear_grouped", f"int{quantised.bits}", group_size=quantised.group_size)
         decision.why = "the file's own codes" if quantised is own else ""
@@ -288,28 +280,21 @@ def quantize_grouped(
         )  # fmt: skip
         options = {"activation_bits": activation_bits, "post_activation": layer["post_activation"]}
         graph.replace(node, graph.add_call(ops.linear_grouped.default, arguments, options, like=node))
-    for node in embedding.large_tables(graph):
-        target = node.args[0].target
-        name = target.removesuffix(".weight")
-        own = graph.native.get(target)
-        if target in shared:
-            parts, quantised = shared[target]
-            first = next(iter(graph.fx.nodes))
-            for part in parts.values():
-                if part is not None:
-                    first.prepend(part)
-        else:
-            if native and own is None:
-                continue
-            quantised = own if own is not None else grouped(graph.weights[target], 8, 32)
-            parts = _attributes(graph, name, quantised, node)
+
+    def table(node: fx.Node, name: str) -> tuple[embedding.Parts, GroupedWeight] | None:
+        own = graph.native.get(node.args[0].target)
+        if native and own is None:
+            return None
+        quantised = own if own is not None else grouped(graph.weight(node.args[0]), 8, 32)
+        return _groups(graph, name, quantised, node), quantised
+
+    for name, _, quantised in embedding.quantize_tables(graph, shared, table):
         decisions.append(Decision(name, "embedding", f"int{quantised.bits}", group_size=quantised.group_size))
-        embedding.gather(graph, node, parts, quantised)
     graph.clean()
     return decisions
 
 
-def _attributes(graph: Graph, name: str, weight: GroupedWeight, before: fx.Node) -> dict:
+def _groups(graph: Graph, name: str, weight: GroupedWeight, before: fx.Node) -> embedding.Parts:
     return {
         "packed": graph.add_weight(f"{name}.packed", weight.packed, before=before),
         "scale": graph.add_weight(f"{name}.scale", weight.scale, before=before),

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,3 +53,12 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def cpu_name() -> str:
+    """The processor's own name, or its architecture where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

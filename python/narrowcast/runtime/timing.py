@@ -46,8 +46,8 @@ def cases_of(executor: Executor) -> list[Case]:
     return [Case(name, lambda i=inputs: executor(*i), inputs) for name, inputs in shapes.items()]
 
 
-def measure(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds: median, low, high; the calls take turns in every round."""
+def measure(calls: dict[str, Callable[[], Any]], repeats: int, inner: int = 1) -> dict[str, dict[str, float]]:
+    """Milliseconds per call: median, low, high; the calls take turns in every round, ``inner`` calls each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for call in calls.values():
@@ -55,8 +55,9 @@ def measure(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict
         for _ in range(repeats):
             for name, call in calls.items():
                 start = time.perf_counter()
-                call()
-                times[name].append((time.perf_counter() - start) * 1e3)
+                for _ in range(inner):
+                    call()
+                times[name].append((time.perf_counter() - start) * 1e3 / inner)
     return {n: {"median": sorted(t)[len(t) // 2], "low": min(t), "high": max(t)} for n, t in times.items()}
 
 
