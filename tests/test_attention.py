@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from attention_cases import SHAPES, operands
 from conftest import forced, variants
 from narrowcast.kernels.attention import attention as public
 from narrowcast.kernels.attention import attention_ref as ref
@@ -9,19 +10,6 @@ from tolerances import BOUND, assert_close
 ops = torch.ops.narrowcast
 VARIANTS = variants("attention")
 DTYPES = list(BOUND)
-SHAPES = [  # B, Hq, Hkv, Sq, Sk, D, Dv
-    (1, 1, 1, 1, 1, 1, 1),
-    (2, 3, 1, 7, 7, 17, 5),
-    (1, 12, 12, 32, 32, 32, 32),
-    (2, 6, 2, 65, 131, 64, 64),
-    (1, 2, 2, 5, 300, 128, 96),
-    (1, 4, 1, 67, 13, 40, 72),
-]
-
-
-def operands(b, hq, hkv, sq, sk, d, dv, dtype=torch.float32):
-    make = lambda *s: torch.randn(*s).to(dtype)  # noqa: E731
-    return make(b, hq, sq, d), make(b, hkv, sk, d), make(b, hkv, sk, dv)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

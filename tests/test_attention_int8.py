@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from attention_cases import SHAPES, operands
 from conftest import forced, variants
 from narrowcast.kernels.attention import attention_ref as exact
 from narrowcast.kernels.attention_int8 import attention_int8 as public
@@ -16,19 +17,6 @@ QUANTIZED = 0.02
 #: Against the float64 continuation of the same integers. A sum of the mean that rounds differently
 #: moves no code; only float32 softmax and sums are left.
 SAME_CODES = {torch.float32: 4e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
-SHAPES = [  # B, Hq, Hkv, Sq, Sk, D, Dv
-    (1, 1, 1, 1, 1, 1, 1),
-    (2, 3, 1, 7, 7, 17, 5),
-    (1, 12, 12, 32, 32, 32, 32),
-    (2, 6, 2, 65, 131, 64, 64),
-    (1, 2, 2, 5, 300, 128, 96),
-    (1, 4, 1, 67, 13, 40, 72),
-]
-
-
-def operands(b, hq, hkv, sq, sk, d, dv, dtype=torch.float32):
-    make = lambda *s: torch.randn(*s).to(dtype)  # noqa: E731
-    return make(b, hq, sq, d), make(b, hkv, sk, d), make(b, hkv, sk, dv)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
