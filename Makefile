@@ -10,7 +10,7 @@ SOURCES := $(shell find kernels python/narrowcast -name '*.cpp' -o -name '*.h' -
 # Without a visible GPU the CUDA library would only cost minutes of compilation.
 export NARROWCAST_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
 
-.PHONY: venv dev demo test test-abi hostile sanitize gates bench gpu lint format clean
+.PHONY: venv dev demo test test-abi hostile gates bench lint format clean
 
 venv: $(VENV)/.built
 
@@ -46,17 +46,11 @@ test-abi: venv
 hostile: venv
 	@$(PY) -m tests.fuzz.hostile --cases 20000
 
-sanitize: venv
-	@$(PY) tools/sanitize.py
-
 gates: venv
 	@$(PY) tools/gates.py
 
 bench: venv
-	@$(PY) -m bench
-
-gpu:
-	@$(PYTHON) tools/gpu.py $(if $(STAGE),--stage $(STAGE))
+	@for script in bench/bench_*.py; do echo "$$script"; $(PY) "$$script" --quick; done
 
 lint: venv
 	@$(VENV)/bin/ruff check .
