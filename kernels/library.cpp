@@ -205,6 +205,30 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
       "_linear_int8_requantize_cuda(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, "
       "Tensor? bias, str activation, Tensor? residual, float out_scale, int out_zero_point, "
       "ScalarType out_dtype, Tensor? x_zero_point, int group_size, str post_activation) -> Tensor");
+  m.def("_rms_norm_cuda(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def(
+      "_add_rms_norm_cuda(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, "
+      "Tensor "
+      "sum)");
+  m.def(
+      "_rms_norm_int8_cuda(Tensor x, Tensor weight, float eps, int group_size, Tensor(a!) "
+      "findings) "
+      "-> (Tensor q, Tensor scale)");
+  m.def(
+      "_add_rms_norm_int8_cuda(Tensor x, Tensor residual, Tensor weight, float eps, int "
+      "group_size, "
+      "Tensor(a!) findings) -> (Tensor q, Tensor scale, Tensor sum)");
+  m.def("_layer_norm_cuda(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def(
+      "_add_layer_norm_cuda(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> "
+      "(Tensor y, Tensor sum)");
+  m.def(
+      "_layer_norm_int8_cuda(Tensor x, Tensor? weight, Tensor? bias, float eps, int group_size, "
+      "Tensor(a!) findings) -> (Tensor q, Tensor scale)");
+  m.def(
+      "_add_layer_norm_int8_cuda(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float "
+      "eps, "
+      "int group_size, Tensor(a!) findings) -> (Tensor q, Tensor scale, Tensor y)");
 
   // the machinery: which kernels exist, and forcing one (tests and benchmarks)
   m.def("_op_variants(str op) -> str");

@@ -1,121 +1,23 @@
 // Where tensors stop: argument checks, the torch ops, the executor's steps.
-#include "common/rows.h"
-#include "common/stable.h"
 #include "common/step.h"
-#include "norm/norm.h"
+#include "norm/norm_checks.h"
 
 namespace narrowcast {
 namespace {
 
-struct Operands {
-  TensorView x, residual, weight, bias;
-};
+using namespace norm_checks;
 
-bool same_shape(const TensorView& a, const TensorView& b) {
-  if (a.rank != b.rank) return false;
-  for (int d = 0; d < a.rank; ++d)
-    if (a.sizes[d] != b.sizes[d]) return false;
-  return true;
+void into(Call c, Tensor& out) {
+  const TensorView v = view(out, c.op, "out");
+  NC_CHECK(v.dtype == c.a.dtype && same_shape(v, c.o.x), c.op, "out must be ", name(c.a.dtype), " ",
+           shape(c.o.x), ", got ", name(v.dtype), " ", shape(v));
+  NC_CHECK(is_contiguous(v), c.op, "out must be contiguous");
+  bool apart = !may_overlap(v, c.o.x) && !may_overlap(v, c.o.weight) && !may_overlap(v, c.o.bias);
+  for (const TensorView& source : c.copied) apart = apart && !may_overlap(v, source);
+  NC_CHECK(apart, c.op, "out must not overlap another argument");
+  c.a.y = v.data;
+  norm_run(c.a);
 }
-
-void check_parameter(const char* op, const char* argument, const TensorView& t, int64_t columns) {
-  NC_CHECK(!defined(t) || (is_floating(t.dtype) && t.rank == 1 && t.sizes[0] == columns), op,
-           argument, " must be float32, float16 or bfloat16 [", columns, "], got ", name(t.dtype),
-           " ", shape(t));
-}
-
-// Checks the operands and fills everything but the output pointers.
-NormArgs norm_args(const char* op, const Operands& o, double eps, int64_t group_size, bool rms) {
-  NC_CHECK(is_floating(o.x.dtype) && o.x.rank >= 1, op,
-           "x must be float32, float16 or bfloat16 [..., K], got ", name(o.x.dtype), " ",
-           shape(o.x));
-  const Rows rows = rows_of(o.x);
-  NC_CHECK(!defined(o.residual) || (o.residual.dtype == o.x.dtype && same_shape(o.residual, o.x)),
-           op, "residual must have the dtype and shape of x, ", name(o.x.dtype), " ", shape(o.x),
-           ", got ", name(o.residual.dtype), " ", shape(o.residual));
-  check_parameter(op, "weight", o.weight, rows.columns);
-  check_parameter(op, "bias", o.bias, rows.columns);
-  NC_CHECK(!defined(o.weight) || !defined(o.bias) || o.weight.dtype == o.bias.dtype, op,
-           "bias must have the dtype of weight, ", name(o.weight.dtype), ", got ",
-           name(o.bias.dtype));
-  NC_CHECK(eps >= 0, op, "eps must not be negative, got ", eps);
-  NC_CHECK(group_size >= 0 && (group_size == 0 || rows.columns % group_size == 0), op,
-           "group_size must be 0 (one scale per token) or divide the last dimension ", rows.columns,
-           ", got ", group_size);
-  NormArgs a{};
-  a.x = o.x.data, a.rows = rows.rows, a.columns = rows.columns, a.ld_x = rows.ld;
-  if (defined(o.residual)) a.residual = o.residual.data, a.ld_residual = rows_of(o.residual).ld;
-  if (defined(o.weight)) a.weight = o.weight.data, a.parameter_dtype = o.weight.dtype;
-  if (defined(o.bias)) a.bias = o.bias.data, a.parameter_dtype = o.bias.dtype;
-  a.group = group_size ? group_size : rows.columns;
-  a.eps = static_cast<float>(eps), a.rms = rms, a.dtype = o.x.dtype;
-  return a;
-}
-
-// One eager call: its operands made readable, its results made as they are asked for.
-struct Call {
-  const char* op;
-  std::vector<Tensor> kept;
-  std::vector<TensorView> copied;  // what `kept` was copied from
-  Operands o;
-  NormArgs a;
-  std::vector<int64_t> sizes;
-
-  TensorView readable(const Tensor& t, const char* argument, bool packed) {
-    const TensorView v = view(t, op, argument);
-    if (v.rank < 1 || (packed ? is_contiguous(v) : has_even_rows(v))) return v;
-    copied.push_back(v);
-    kept.push_back(as_contiguous(t));
-    return view(kept.back(), op, argument);
-  }
-
-  Call(const char* name, const Tensor& x, const Tensor* residual, const Tensor* weight,
-       const Tensor* bias, double eps, int64_t group_size, bool rms)
-      : op(name) {
-    o.x = readable(x, "x", false);
-    if (residual) o.residual = readable(*residual, "residual", false);
-    if (weight) o.weight = readable(*weight, "weight", true);
-    if (bias) o.bias = readable(*bias, "bias", true);
-    a = norm_args(op, o, eps, group_size, rms);
-    sizes.assign(o.x.sizes, o.x.sizes + o.x.rank);
-  }
-
-  Tensor make_y() { return make(a.y, sizes, a.dtype); }
-  Tensor make_sum() { return make(a.sum, sizes, a.dtype); }
-  Tensor make_q() {
-    void* q;
-    Tensor t = make(q, sizes, DType::kInt8);
-    a.q = static_cast<int8_t*>(q);
-    return t;
-  }
-  Tensor make_scale(int64_t group_size) {
-    std::vector<int64_t> shape(sizes.begin(), sizes.end() - 1);
-    if (group_size) shape.push_back(sizes.back() / group_size);
-    void* scale;
-    Tensor t = make(scale, shape, DType::kFloat32);
-    a.scale = static_cast<float*>(scale);
-    return t;
-  }
-  Tensor make(void*& data, const std::vector<int64_t>& shape, DType dtype) {
-    Tensor t = empty(shape, dtype);
-    data = t.mutable_data_ptr();
-    return t;
-  }
-  void into(Tensor& out) {
-    const TensorView v = view(out, op, "out");
-    NC_CHECK(v.dtype == a.dtype && same_shape(v, o.x), op, "out must be ", name(a.dtype), " ",
-             shape(o.x), ", got ", name(v.dtype), " ", shape(v));
-    NC_CHECK(is_contiguous(v), op, "out must be contiguous");
-    bool apart = !may_overlap(v, o.x) && !may_overlap(v, o.weight) && !may_overlap(v, o.bias);
-    for (const TensorView& source : copied) apart = apart && !may_overlap(v, source);
-    NC_CHECK(apart, op, "out must not overlap another argument");
-    a.y = v.data;
-    norm_run(a);
-  }
-};
-
-using Maybe = std::optional<Tensor>;
-const Tensor* get(const Maybe& t) { return t ? &*t : nullptr; }
 
 Tensor plain(Call c) {
   Tensor y = c.make_y();
@@ -137,7 +39,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return plain({"rms_norm", x, nullptr, &weight, nullptr, eps, 0, true});
 }
 void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor out) {
-  Call("rms_norm", x, nullptr, &weight, nullptr, eps, 0, true).into(out);
+  into({"rms_norm", x, nullptr, &weight, nullptr, eps, 0, true}, out);
 }
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
                                         const Tensor& weight, double eps) {
@@ -162,7 +64,7 @@ Tensor layer_norm(const Tensor& x, const Maybe& weight, const Maybe& bias, doubl
 }
 void layer_norm_out(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps,
                     Tensor out) {
-  Call("layer_norm", x, nullptr, get(weight), get(bias), eps, 0, false).into(out);
+  into({"layer_norm", x, nullptr, get(weight), get(bias), eps, 0, false}, out);
 }
 std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual,
                                           const Maybe& weight, const Maybe& bias, double eps) {

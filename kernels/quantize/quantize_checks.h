@@ -65,4 +65,12 @@ inline bool is_dense(const TensorView& t) {
   return true;
 }
 
+// What a GPU's quantisers found: int64 [2] that they add to.
+inline int64_t* counters(const char* op, Tensor& findings) {
+  const TensorView v = view(findings, op, "findings");
+  NC_CHECK(v.dtype == DType::kInt64 && numel(v) == 2 && is_contiguous(v), op,
+           "findings must be int64 [2], contiguous, got ", name(v.dtype), " ", shape(v));
+  return static_cast<int64_t*>(findings.mutable_data_ptr());
+}
+
 }  // namespace narrowcast::quantize_checks

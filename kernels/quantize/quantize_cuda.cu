@@ -10,13 +10,6 @@ namespace {
 
 using namespace quantize_checks;
 
-int64_t* counters(const char* op, Tensor& findings) {
-  const TensorView v = view(findings, op, "findings");
-  NC_CHECK(v.dtype == DType::kInt64 && numel(v) == 2 && is_contiguous(v), op,
-           "findings must be int64 [2], contiguous, got ", name(v.dtype), " ", shape(v));
-  return static_cast<int64_t*>(findings.mutable_data_ptr());
-}
-
 std::vector<int64_t> sizes_of(const TensorView& v) { return {v.sizes, v.sizes + v.rank}; }
 
 std::tuple<Tensor, Tensor> quantize_int8(const Tensor& x_in, int64_t group_size, Tensor findings) {

@@ -11,77 +11,15 @@
 // GATE quantize_: registers <= 40, spills = 0
 // GATE quantize_.*Lb1E: contains LDG.E.128 STG.E.64
 // GATE block: shared <= 64
-#include "common/ptx.cuh"
+#include "common/vector8.cuh"
 #include "quantize/quantize_cuda.h"
+#include "quantize/quantize_device.cuh"
 
 namespace narrowcast {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / ptx::kWarp;
-constexpr int kVector = 8;           // values of a thread in one step
 constexpr int64_t kLongUnit = 2048;  // from here on a block is worth its barrier
-constexpr float kSmallestNormal = 1.17549435e-38f;
-
-template <DType kType>
-__device__ __forceinline__ float load_one(const void* x, int64_t i) {
-  if constexpr (kType == DType::kFloat32) {
-    return static_cast<const float*>(x)[i];
-  } else {
-    const uint16_t h = static_cast<const uint16_t*>(x)[i];
-    return kType == DType::kFloat16 ? ptx::float_of_float16(h) : ptx::float_of_bfloat16(h);
-  }
-}
-
-// Values i .. i + 7 of x, or `count` of them one by one.
-template <DType kType, bool kAligned>
-__device__ __forceinline__ void load(const void* x, int64_t i, int64_t count, float (&v)[kVector]) {
-  if constexpr (!kAligned) {
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) v[e] = i + e < count ? load_one<kType>(x, i + e) : 0.0f;
-  } else if constexpr (kType == DType::kFloat32) {
-    const float* from = static_cast<const float*>(x) + i;
-    const ptx::Words4 low = ptx::load_global_128(from), high = ptx::load_global_128(from + 4);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      v[e] = ptx::float_of_bits(low.word[e]);
-      v[e + 4] = ptx::float_of_bits(high.word[e]);
-    }
-  } else {
-    const ptx::Words4 words = ptx::load_global_128(static_cast<const uint16_t*>(x) + i);
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      const uint16_t h = static_cast<uint16_t>(words.word[e / 2] >> e % 2 * 16);
-      v[e] = kType == DType::kFloat16 ? ptx::float_of_float16(h) : ptx::float_of_bfloat16(h);
-    }
-  }
-}
-
-template <bool kAligned>
-__device__ __forceinline__ void store(void* q, int64_t i, int64_t count,
-                                      const int32_t (&code)[kVector]) {
-  uint8_t* to = static_cast<uint8_t*>(q) + i;
-  if constexpr (kAligned) {
-    uint32_t word[2] = {};
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) word[e / 4] |= (code[e] & 255u) << e % 4 * 8;
-    ptx::store_global_64(to, word[0], word[1]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kVector; ++e)
-      if (i + e < count) to[e] = static_cast<uint8_t>(code[e]);
-  }
-}
-
-__device__ __forceinline__ bool is_finite(float v) {
-  return (ptx::bits_of_float(v) & 0x7f800000u) != 0x7f800000u;
-}
-__device__ __forceinline__ int32_t rounded(float v) {
-  if (v != v) return 0;
-  return static_cast<int32_t>(rintf(v < -1024.0f ? -1024.0f : v > 1024.0f ? 1024.0f : v));
-}
-__device__ __forceinline__ int32_t clamped(int32_t v, int32_t low, int32_t high) {
-  return v < low ? low : v > high ? high : v;
-}
 
 struct Range {
   float low = 0.0f, high = 0.0f;
@@ -104,8 +42,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t unit = blockIdx.x * int64_t{kThreads / kUnit} + threadIdx.x / kUnit;
   if (unit >= args.rows * groups) return;  // a whole warp, or nobody
   const int64_t row = unit / groups, first = unit % groups * args.group;
-  constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
-  const void* x = static_cast<const char*>(args.x) + (row * args.ld_x + first) * kBytes;
+  const void* x = static_cast<const char*>(args.x) + (row * args.ld_x + first) * kBytesOf<kType>;
   int8_t* q = args.q + row * args.columns + first;
   const int64_t begin = threadIdx.x % kUnit * kVector;
 
@@ -114,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
   int64_t nan = 0, not_finite = 0;
   for (int64_t i = begin; i < args.group; i += kUnit * kVector) {
     float v[kVector];
-    load<kType, kAligned>(x, i, args.group, v);
+    load_vector<kType, kAligned>(x, i, args.group, v);
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
       if (is_finite(v[e]))
@@ -156,11 +93,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = begin; i < args.group; i += kUnit * kVector) {
     float v[kVector];
     int32_t code[kVector];
-    load<kType, kAligned>(x, i, args.group, v);
+    load_vector<kType, kAligned>(x, i, args.group, v);
 #pragma unroll
     for (int e = 0; e < kVector; ++e)
       code[e] = clamped(rounded(v[e] * inverse) + zero, lowest, 127);
-    store<kAligned>(q, i, args.group, code);
+    store_codes<kAligned>(q, i, args.group, code);
   }
 }
 
@@ -173,20 +110,18 @@ __global__ void __launch_bounds__(kThreads)
   float v[kVector];
   int32_t code[kVector];
   int64_t nan = 0, not_finite = 0;
-  load<kType, kAligned>(args.x, i, args.count, v);
+  load_vector<kType, kAligned>(args.x, i, args.count, v);
 #pragma unroll
   for (int e = 0; e < kVector; ++e) {
     if (!is_finite(v[e])) ++not_finite, nan += v[e] != v[e];
     code[e] = clamped(rounded(v[e] * inverse) + args.zero_point, low, high);
   }
-  store<kAligned>(args.q, i, args.count, code);
+  store_codes<kAligned>(args.q, i, args.count, code);
   if (not_finite) {
     ptx::atomic_add(findings, nan);
     ptx::atomic_add(findings + 1, not_finite);
   }
 }
-
-bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 dim3 blocks_of(const char* op, int64_t units, int64_t per_block) {
   const int64_t blocks = (units + per_block - 1) / per_block;
@@ -196,12 +131,11 @@ dim3 blocks_of(const char* op, int64_t units, int64_t per_block) {
 
 template <DType kType>
 void launch_rows(const QuantizeRowsArgs& args, int64_t* findings, Stream stream) {
-  constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
   // A row of no columns is one unit of no values, whose scale is 1.
   const int64_t groups = args.columns ? args.columns / args.group : args.group == 0;
-  const bool vectors = aligned(args.x, 16) && args.ld_x * kBytes % 16 == 0 &&
+  const bool vectors = is_aligned(args.x, 16) && args.ld_x * kBytesOf<kType> % 16 == 0 &&
                        args.group % kVector == 0 && args.columns % kVector == 0 &&
-                       aligned(args.q, 8);
+                       is_aligned(args.q, 8);
   if (groups == 0) return;
   const auto run = [&](auto kernel, int unit) {
     launch("quantize_int8", kernel, blocks_of("quantize_int8", args.rows * groups, kThreads / unit),
@@ -222,7 +156,7 @@ void launch_static(const QuantizeStaticArgs& args, int64_t* findings, Stream str
            blocks_of("quantize_int8_static", args.count, kThreads * kVector), dim3(kThreads), 0,
            stream, args, 1.0f / args.scale, findings);
   };
-  if (aligned(args.x, 16) && aligned(args.q, 8) && args.count % kVector == 0)
+  if (is_aligned(args.x, 16) && is_aligned(args.q, 8) && args.count % kVector == 0)
     run(quantize_by_scale<kType, true>);
   else
     run(quantize_by_scale<kType, false>);
