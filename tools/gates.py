@@ -3,6 +3,7 @@
 emulator   kernels of every room run on the CPU, watched for races, wrong waits and stray accesses
 mutation   the same tests must notice when a barrier, a wait or an index of a kernel is wrong
 sass       nvcc compiles for sm_80 and sm_90a; the machine code keeps the promises of the ``// GATE`` lines
+triton     every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, and keeps its promises
 library    the CUDA library builds, needs nothing of torch but its stable ABI, and registers its ops
 
 A ``// GATE NAME: ...`` line of a kernel file holds for kernels whose mangled name matches NAME:
@@ -13,6 +14,7 @@ A tool that is absent is named, and its gate is reported as not run; a broken pr
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -227,7 +229,17 @@ def library() -> None:
     report("library loads", "FAILED" if done.returncode else "passed", text)
 
 
-GATES = {"emulator": emulator, "mutation": mutation, "sass": sass, "library": library}
+def triton() -> None:
+    if not importlib.util.find_spec("triton"):
+        return report("triton", "NOT RUN", "triton is absent (pip: triton)")
+    import triton_gate  # beside this file
+
+    if not tool("cuobjdump"):
+        report("triton registers", "NOT RUN", "cuobjdump is absent")
+    triton_gate.run(report, ROOT, tool("cuobjdump"))
+
+
+GATES = {"emulator": emulator, "mutation": mutation, "sass": sass, "triton": triton, "library": library}
 
 
 def main() -> int:

@@ -7,6 +7,9 @@ function raises RuntimeError naming the argument. All backends agree bit for bit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -47,5 +50,33 @@ def quantize_int8_static(
 
 
 def nan_count(reset: bool = False) -> int:
-    """NaNs that the quantisers of this process have met since the last reset."""
-    return _ops.nan_count(reset)
+    """NaNs that the quantisers of this process have met since the last reset, on every device.
+
+    Waits for the GPUs whose quantisers ran.
+    """
+    count = _ops.nan_count(reset)
+    for findings in _findings.values():
+        count += int(findings[0])
+        if reset:
+            findings.zero_()
+    return count
+
+
+#: Device -> int64 [2] there: NaNs, values that are not finite. Kernels add to it, so that no op waits for a GPU.
+_findings: dict[torch.device, Tensor] = {}
+
+
+@contextmanager
+def findings_of(op: str, device: torch.device, strict: bool = False) -> Iterator[Tensor]:
+    """What a kernel of ``op`` adds its findings to. When strict: waits for it, raises if x was not finite."""
+    if device not in _findings:
+        _findings[device] = torch.zeros(2, dtype=torch.int64, device=device)
+    total = _findings[device]
+    if not strict:
+        yield total
+        return
+    found = torch.zeros_like(total)
+    yield found
+    total += found
+    if found[1]:
+        raise RuntimeError(f"{op}: x must be finite (strict), got NaN or infinity")

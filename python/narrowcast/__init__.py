@@ -11,7 +11,11 @@ from .errors import ArgumentError, Error, FormatError, UnsupportedError, Verific
 
 load_libraries(__path__)
 
-from . import _register  # noqa: E402, F401  (fakes can only be registered once the ops exist)
+from . import (  # noqa: E402  (can only be registered once the ops exist)
+    _register,  # noqa: F401
+    _register_cuda,  # noqa: F401
+)
+from .dispatch import backend, explain  # noqa: E402
 
 #: Loaded when first used: importing narrowcast should cost little more than importing torch.
 _LAZY = {
@@ -44,7 +48,9 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "__version__",
+    "backend",
     "compress",
+    "explain",
     "load",
     "show_config",
     "verify",

@@ -1,0 +1,93 @@
+"""Compiles what the ``AOT`` lists of the Triton files name, for GPUs that are not here, and reads the result.
+
+Kept for every architecture: no spills, registers and shared memory within bounds, tensor-core instructions
+and 16-byte loads where promised.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+#: Compute capability -> bytes of shared memory that a block may have there. 86, 89 and 120 run what 80 does within 99 KiB.
+ARCHITECTURES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORES = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
+#: By a thread, into shared memory, by the tensor memory accelerator.
+WIDE_LOADS = (
+    r"\bld\.global[\w.:]*\.v[48]\.b32|\bld\.global[\w.:]*\.v2\.b64|cp\.async\.cg\.[^;]*0x10|cp\.async\.bulk"
+)
+
+
+def modules(root: Path) -> list[str]:
+    """Names of the Triton files of every room."""
+    files = sorted((root / "kernels").glob("*/*_triton.py"))
+    return [f"narrowcast.kernels.{path.parent.name}.{path.stem}" for path in files]
+
+
+def resources(cuobjdump: str, cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if not found:
+        raise RuntimeError(f"cuobjdump names no registers: {text[-500:]}")
+    return int(found[1]), int(found[2])
+
+
+def broken_promises(spec, capability: int, cuobjdump: str | None) -> tuple[list[str], int]:
+    """What a compiled specialisation does not keep, and its registers."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    import triton
+
+    source = ASTSource(spec.kernel, spec.signature(), spec.constants(), spec.divisible())
+    options = {
+        "num_warps": spec.num_warps,
+        "num_stages": spec.num_stages,
+        "enable_fp_fusion": spec.fp_fusion,
+    }
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx, broken, registers = compiled.asm["ptx"], [], 0
+    if compiled.metadata.shared > ARCHITECTURES[capability]:
+        broken.append(f"{compiled.metadata.shared} bytes of shared memory")
+    if spec.tensor_cores and not re.search(TENSOR_CORES, ptx):
+        broken.append("no tensor-core instruction")
+    if spec.wide_loads and not re.search(WIDE_LOADS, ptx):
+        broken.append("no 16-byte loads")
+    if cuobjdump:
+        registers, stack = resources(cuobjdump, compiled.asm["cubin"])
+        if stack:
+            broken.append(f"{stack} bytes of stack or spills")
+        if registers > spec.registers:
+            broken.append(f"{registers} registers")
+    return broken, registers
+
+
+def run(report: Callable[[str, str, str], None], root: Path, cuobjdump: str | None, only: str = "") -> None:
+    for name in modules(root):
+        if only not in name:
+            continue
+        module, stem = importlib.import_module(name), name.rpartition(".")[2]
+        if not getattr(module, "AOT", None):
+            report(f"triton {stem}", "FAILED", "has no AOT list")
+            continue
+        broken, most = [], 0
+        for spec in module.AOT:
+            for capability in ARCHITECTURES:
+                try:
+                    promises, registers = broken_promises(spec, capability, cuobjdump)
+                except Exception as error:
+                    promises, registers = [f"does not compile: {error}"[-2000:]], 0
+                broken += [f"{spec.label} sm_{capability}: {promise}" for promise in promises]
+                most = max(most, registers)
+        text = f"{len(module.AOT)} kernels for {len(ARCHITECTURES)} architectures, at most {most} registers"
+        report(f"triton {stem}", "FAILED" if broken else "passed", "\n    ".join(broken) or text)
