@@ -8,6 +8,7 @@ import torch
 from narrowcast import ArgumentError, FormatError, UnsupportedError
 from narrowcast.formats import (
     GGUF_BLOCKS,
+    GGUF_GROUPED,
     GroupedWeight,
     Int8Weight,
     from_gguf,
@@ -44,6 +45,43 @@ def test_from_gguf_is_exact(type):
     assert (weight.offset is None) == (type != "Q4_1")
     assert weight.nbytes == blocks.nbytes
     assert torch.equal(weight.dequantize(), expected)
+
+
+@pytest.mark.parametrize("type", GGUF_GROUPED)
+def test_every_block_type_is_exact(type):
+    """Random bytes, so that every bit of every field counts; only the halves are drawn as numbers."""
+    elements, size = GGUF_BLOCKS[type]
+    n, k = 5, 768
+    blocks = np.random.default_rng(torch.initial_seed()).integers(
+        0, 256, (n, k // elements, size), dtype=np.uint8
+    )
+    halves = [208] if type == "Q6_K" else [0, 2] if type.endswith(("_1", "_K")) else [0]
+    for at in halves:
+        numbers = torch.randn(n, k // elements, 1).half().numpy()
+        blocks[..., at : at + 2] = numbers.view(np.uint8)
+    blocks = blocks.reshape(n, -1)
+    expected = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type]))
+    weight = from_gguf(torch.from_numpy(blocks), type)
+    assert (weight.bits, weight.group_size) == GGUF_GROUPED[type]
+    assert torch.equal(weight.dequantize(), expected.reshape(n, k))
+    assert from_gguf(torch.zeros(0, size, dtype=torch.uint8), type).shape == (0, elements)
+
+
+def test_columns():
+    columns = torch.randperm(64)
+    plain = grouped()
+    weight = GroupedWeight(4, 32, plain.packed, plain.scale, plain.offset, columns)
+    expected = torch.empty(6, 64)
+    expected[:, columns] = plain.dequantize()
+    assert torch.equal(weight.dequantize(), expected)
+    assert torch.equal(weight.rows(torch.tensor([3, 1])).dequantize(), expected[[3, 1]])
+    assert torch.equal(GroupedWeight.concatenate([weight, weight]).dequantize(), expected.repeat(2, 1))
+    assert weight.nbytes == plain.nbytes + 64 * 8 and weight.to("cpu").columns is not None
+    with pytest.raises(ArgumentError, match="parts must share columns"):
+        GroupedWeight.concatenate([weight, plain])
+    for bad, message in ((columns.int(), "columns must be int64"), (columns * 0, "must be a permutation")):
+        with pytest.raises(ArgumentError, match=message):
+            GroupedWeight(4, 32, plain.packed, plain.scale, plain.offset, bad)
 
 
 def test_gguf_block_sizes_agree_with_the_package():
@@ -124,8 +162,8 @@ def test_mistakes_are_named(make, message):
 
 
 def test_gguf_errors():
-    with pytest.raises(UnsupportedError, match="type must be one of Q4_0, Q4_1, Q8_0"):
-        from_gguf(torch.zeros(1, 144, dtype=torch.uint8), "Q4_K")
+    with pytest.raises(UnsupportedError, match="type must be one of Q4_0, Q4_1, Q5_0"):
+        from_gguf(torch.zeros(1, 144, dtype=torch.uint8), "F16")
     with pytest.raises(FormatError, match="a Q4_0 row must be a multiple of 18 bytes, got 17"):
         from_gguf(torch.zeros(1, 17, dtype=torch.uint8), "Q4_0")
     with pytest.raises(UnsupportedError, match="type must be one of"):

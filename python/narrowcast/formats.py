@@ -2,8 +2,8 @@
 
 :class:`GroupedWeight` is the canonical layout of ``dequantize_groups`` and ``linear_grouped``;
 :class:`Int8Weight` that of ``linear_int8``. Both are rows of output features, so that layers merge
-and rows permute without unpacking. :func:`from_gguf` reads the GGUF block types that map onto the
-first one exactly.
+and rows permute without unpacking. :func:`from_gguf` reads the GGUF block types, all of which map onto
+the first one exactly; ``importers/quantized`` reads the formats of other tools.
 """
 
 from __future__ import annotations
@@ -31,8 +31,17 @@ GGUF_BLOCKS = {
     "Q6_K": (256, 210),
 }
 
-#: GGUF types that :func:`from_gguf` takes over bit for bit.
-GGUF_GROUPED = ("Q4_0", "Q4_1", "Q8_0")
+#: GGUF types that :func:`from_gguf` takes over bit for bit: (bits here, group size).
+GGUF_GROUPED = {
+    "Q4_0": (4, 32),
+    "Q4_1": (4, 32),
+    "Q5_0": (8, 32),
+    "Q5_1": (8, 32),
+    "Q8_0": (8, 32),
+    "Q4_K": (4, 32),
+    "Q5_K": (8, 32),
+    "Q6_K": (8, 16),
+}
 
 _SCALE_DTYPES = (torch.float32, torch.float16)
 
@@ -71,6 +80,8 @@ class GroupedWeight:
     packed: uint8 [N, K * bits / 8]; 4 bits: low nibble at even k; 8 bits: int8 viewed as uint8.
     scale: float32 or float16 [N, K / group_size], any sign.
     offset: like scale, in real units (a GGUF minimum, or -zero * scale), or None.
+    columns: int64 [K], a permutation, or None: what is kept at k belongs to the input ``columns[k]`` (files whose
+        groups are scattered over the inputs); a layer then takes ``x[..., columns]``.
     """
 
     bits: int
@@ -78,6 +89,7 @@ class GroupedWeight:
     packed: Tensor
     scale: Tensor
     offset: Tensor | None = None
+    columns: Tensor | None = None
 
     def __post_init__(self) -> None:
         packed, scale, offset = self.packed, self.scale, self.offset
@@ -101,6 +113,16 @@ class GroupedWeight:
             "offset must have the dtype and shape of scale, "
             f"{_text(scale)}, got {'' if offset is None else _text(offset)}",
         )
+        columns = self.columns
+        if columns is not None:
+            _require(
+                columns.dtype == torch.int64 and tuple(columns.shape) == (k,),
+                f"columns must be int64 [{k}], got {_text(columns)}",
+            )
+            _require(
+                torch.equal(columns.sort().values, torch.arange(k, device=columns.device)),
+                "columns must be a permutation",
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,29 +131,34 @@ class GroupedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and offsets."""
-        return sum(t.nbytes for t in (self.packed, self.scale, self.offset) if t is not None)
+        """Bytes of codes, scales, offsets and columns."""
+        parts = (self.packed, self.scale, self.offset, self.columns)
+        return sum(t.nbytes for t in parts if t is not None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K] in float32, float16 or bfloat16."""
-        return torch.ops.narrowcast.dequantize_groups(
+        """[N, K] in float32, float16 or bfloat16, in the order of the inputs."""
+        values = torch.ops.narrowcast.dequantize_groups(
             self.packed, self.scale, self.offset, self.group_size, self.bits, dtype
         )
+        return values if self.columns is None else values[:, torch.argsort(self.columns)]
 
     def codes(self) -> Tensor:
-        """The integers: uint8 0..15 for 4 bits, int8 for 8 bits; [N, K]."""
+        """The integers, in the order they are kept in: uint8 0..15 for 4 bits, int8 for 8 bits; [N, K]."""
         return unpack_int4(self.packed) if self.bits == 4 else self.packed.view(torch.int8)
 
     def rows(self, index: Tensor | slice) -> GroupedWeight:
         """The rows that ``index`` (an integer or bool tensor, or a slice) selects, in its order."""
         offset = None if self.offset is None else self.offset[index]
-        return GroupedWeight(self.bits, self.group_size, self.packed[index], self.scale[index], offset)
+        return GroupedWeight(
+            self.bits, self.group_size, self.packed[index], self.scale[index], offset, self.columns
+        )
 
     def to(self, device: torch.device | str) -> GroupedWeight:
         """The same weight on another device."""
         offset = None if self.offset is None else self.offset.to(device)
+        columns = None if self.columns is None else self.columns.to(device)
         return GroupedWeight(
-            self.bits, self.group_size, self.packed.to(device), self.scale.to(device), offset
+            self.bits, self.group_size, self.packed.to(device), self.scale.to(device), offset, columns
         )
 
     @staticmethod
@@ -141,7 +168,7 @@ class GroupedWeight:
         Values stay the same bit for bit. A part without offset gets its implied one when another
         part has one; float16 scales become float32 when the parts differ.
 
-        Raises ArgumentError when bits, group size or K differ.
+        Raises ArgumentError when bits, group size, K or columns differ.
         """
         _require(len(parts) > 0, "parts must not be empty")
         first = parts[0]
@@ -156,6 +183,7 @@ class GroupedWeight:
                 f"parts must share bits, group_size and K = ({first.bits}, {first.group_size}, "
                 f"{first.shape[1]}), got ({p.bits}, {p.group_size}, {p.shape[1]})",
             )
+            _require(p.same_columns(first), "parts must share columns")
         dtypes = {p.scale.dtype for p in parts}
         with_offset = any(p.offset is not None for p in parts)
         if with_offset and first.bits == 4 and any(p.offset is None for p in parts):
@@ -174,7 +202,14 @@ class GroupedWeight:
             torch.cat([p.packed for p in parts]),
             torch.cat([p.scale.to(dtype) for p in parts]),
             torch.cat([offset(p) for p in parts]) if with_offset else None,
+            first.columns,
         )
+
+    def same_columns(self, other: GroupedWeight) -> bool:
+        """Whether both take their inputs in one order."""
+        if self.columns is None or other.columns is None:
+            return self.columns is other.columns
+        return torch.equal(self.columns, other.columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,11 +279,9 @@ def from_gguf(blocks: Tensor, type: str) -> GroupedWeight:
     """Takes GGUF blocks over without rounding anything.
 
     blocks: uint8 [N, bytes of a row].
-    type: "Q4_0" (4 bits, no offset), "Q4_1" (4 bits, offset) or "Q8_0" (8 bits); groups of 32,
-        float16 scales.
-
-    Within a block of 32, GGUF keeps elements 0..15 in the low nibbles and 16..31 in the high ones;
-    here neighbours share a byte.
+    type: a key of ``GGUF_GROUPED``. Q4_0, Q4_1 and Q8_0 keep their bytes and float16 scales; codes of 5 and 6
+        bits take 8. The scale of a group in a block of 256 (d * sc, dmin * m) becomes a float32, which holds it
+        exactly.
 
     Raises UnsupportedError for another type, FormatError for a truncated row.
     Layout: ggml-common.h of ggml.
@@ -261,14 +294,50 @@ def from_gguf(blocks: Tensor, type: str) -> GroupedWeight:
     if blocks.dim() != 2:
         raise ArgumentError(f"blocks must be uint8 [N, bytes], got {_text(blocks)}")
     columns = gguf_columns(blocks, type)
-    n, size = blocks.shape[0], GGUF_BLOCKS[type][1]
-    b = blocks.reshape(n, columns // 32, size)
+    n, (elements, size) = blocks.shape[0], GGUF_BLOCKS[type]
+    read = _gguf_32 if elements == 32 else _gguf_256
+    codes, scale, minimum = read(blocks.reshape(n, columns // elements, size), type)
+    bits, group = GGUF_GROUPED[type]
+    packed = pack_int4(codes.flatten(1)) if bits == 4 else codes.flatten(1).view(torch.uint8)
+    offset = None if minimum is None else minimum.flatten(1)
+    return GroupedWeight(bits, group, packed.contiguous(), scale.flatten(1), offset)
 
-    def half(first: int) -> Tensor:
-        return b[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1)
 
+def _half(b: Tensor, first: int) -> Tensor:
+    return b[..., first : first + 2].contiguous().view(torch.float16)
+
+
+def _gguf_32(b: Tensor, type: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes [..., 32], scale [..., 1] and minimum: d, perhaps m, perhaps 32 fifth bits, codes."""
+    scale, minimum = _half(b, 0), _half(b, 2) if type.endswith("_1") else None
     if type == "Q8_0":
-        return GroupedWeight(8, 32, b[..., 2:].reshape(n, columns), half(0))
-    nibbles = b[..., size - 16 :]
-    packed = pack_int4(torch.cat((nibbles & 15, nibbles >> 4), dim=-1)).reshape(n, columns // 2)
-    return GroupedWeight(4, 32, packed, half(0), half(2) if type == "Q4_1" else None)
+        return b[..., 2:], scale, None
+    # Elements 0..15 lie in the low nibbles, 16..31 in the high ones.
+    codes = torch.cat((b[..., -16:] & 15, b[..., -16:] >> 4), dim=-1)
+    if type.startswith("Q5"):
+        fifth = b[..., -20:-16, None] >> torch.arange(8, dtype=torch.uint8)
+        codes = codes | (fifth.flatten(-2) & 1) << 4
+        if minimum is None:
+            codes = codes - 16  # wraps around: two's complement
+    return codes, scale, minimum
+
+
+def _gguf_256(b: Tensor, type: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes [..., 256], scales and minima of their groups [..., 8 or 16]."""
+    if type == "Q6_K":
+        low, high = b[..., :128].unflatten(-1, (2, 64)), b[..., 128:192].unflatten(-1, (2, 32))
+        low = torch.cat((low & 15, low >> 4), dim=-1)
+        high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
+        scale = b[..., 192:208].view(torch.int8).float() * _half(b, 208).float()
+        return (low | high << 4) - 32, scale, None
+    d, dmin, s = _half(b, 0).float(), _half(b, 2).float(), b[..., 4:16]
+    top, middle, last = s[..., 0:4], s[..., 4:8], s[..., 8:12]
+    scale = d * torch.cat((top & 63, last & 15 | top >> 6 << 4), dim=-1)
+    minimum = dmin * torch.cat((middle & 63, last >> 4 | middle >> 6 << 4), dim=-1)
+    # Of every 64 elements the first half lies in the low nibbles of 32 bytes.
+    nibbles = b[..., -128:].unflatten(-1, (4, 1, 32))
+    codes = torch.cat((nibbles & 15, nibbles >> 4), dim=-2)
+    if type == "Q5_K":
+        fifth = b[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None]
+        codes = codes | ((fifth & 1) << 4).unflatten(-2, (4, 2))
+    return codes.flatten(-3), scale, -minimum

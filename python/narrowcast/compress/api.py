@@ -55,7 +55,7 @@ def compress(
     """Compresses a model and measures what that cost.
 
     model: whatever :func:`narrowcast.importers.load_model` takes (options go there), or its result.
-    recipe: "native" (a GGUF file's own codes), "fp32", "int8" (W8A8), "int8-weight" (int8 in groups, float
+    recipe: "native" (the file's own codes), "fp32", "int8" (W8A8), "int8-weight" (int8 in groups, float
         activations), "int4" (int4 in groups of 32), or "auto" (the smallest of these within ``budget``).
     data: for language models and encoders a text, a list of texts or a path of a text file; for image models
         a tensor [N, 3, H, W] as the model takes it, or a folder of pictures. A fifth is held out and measured.
@@ -239,7 +239,8 @@ def _apply(
         return []
     if recipe == "native" and not graph.native:
         raise UnsupportedError(
-            "recipe native needs a file with its own quantised weights (GGUF Q4_0, Q4_1, Q8_0)"
+            "recipe native needs a file with its own quantised weights (GGUF, GPTQ, AWQ, compressed-tensors, "
+            "bitsandbytes int8, HQQ, torchao, ONNX); values of a table (NF4) have no kernel: use int4"
         )
     if model.kind == "image" and recipe == "int8":
         if not data.calibration:

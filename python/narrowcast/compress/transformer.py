@@ -246,14 +246,13 @@ def quantize_grouped(
         layer = Layer(node)
         name, weight = layer_name(layer), graph.weight(layer["weight"])
         own = graph.native.get(layer["weight"].target)
-        if name in keep_float or (native and own is None) or weight.shape[1] % 32:
-            why = (
-                "asked for"
-                if name in keep_float
-                else "the file holds it in float"
-                if native
-                else "K % 32 != 0"
-            )
+        why = "asked for" if name in keep_float else _why_float(own, weight, native)
+        if native and isinstance(own, GroupedWeight) and own.columns is not None:
+            why = why or ("its rows are gathered, too" if layer["weight"].target in tables else "")
+        if native and not why and isinstance(own, Int8Weight):
+            decisions.append(_native_int8(graph, node, layer, name, own))
+            continue
+        if why:
             decisions.append(Decision(name, "linear", "float32", why=why))
             continue
         found = statistics.get(node)
@@ -262,7 +261,8 @@ def quantize_grouped(
             quantised = own
         elif layer["weight"].target in tables:
             # A table that is gathered as well stays at 8 bits: its rows are the model's first layer.
-            quantised = own if own is not None and own.bits == 8 else grouped(weight, 8, 32)
+            exact = isinstance(own, GroupedWeight) and own.bits == 8 and not _why_float(own, weight, True)
+            quantised = own if exact and own.columns is None else grouped(weight, 8, 32)
         else:
             size = group_size if weight.shape[1] % group_size == 0 else 32
             quantised = grouped(weight, bits, size, importance, symmetric)
@@ -274,8 +274,13 @@ def quantize_grouped(
             reference = found.sample @ weight.float().t()
             decision.sqnr_db = sqnr_db(reference, found.sample @ quantised.dequantize().t())
         decisions.append(decision)
+        x = layer["x"]
+        if quantised.columns is not None:
+            order = graph.add_weight(f"{name}.columns", quantised.columns, before=node)
+            x = graph.add_call(aten.index_select.default, (x, -1, order), like=node)
+            x.meta["val"] = layer["x"].meta.get("val")
         arguments = (
-            layer["x"], parts["packed"], parts["scale"], parts["offset"], quantised.group_size, quantised.bits,
+            x, parts["packed"], parts["scale"], parts["offset"], quantised.group_size, quantised.bits,
             layer["bias"], layer["activation"], layer["residual"], layer["out_dtype"],
         )  # fmt: skip
         options = {"activation_bits": activation_bits, "post_activation": layer["post_activation"]}
@@ -283,15 +288,39 @@ def quantize_grouped(
 
     def table(node: fx.Node, name: str) -> tuple[embedding.Parts, GroupedWeight] | None:
         own = graph.native.get(node.args[0].target)
-        if native and own is None:
+        exact = isinstance(own, GroupedWeight) and own.columns is None
+        if native and not exact:
             return None
-        quantised = own if own is not None else grouped(graph.weight(node.args[0]), 8, 32)
+        quantised = own if exact else grouped(graph.weight(node.args[0]), 8, 32)
         return _groups(graph, name, quantised, node), quantised
 
     for name, _, quantised in embedding.quantize_tables(graph, shared, table):
         decisions.append(Decision(name, "embedding", f"int{quantised.bits}", group_size=quantised.group_size))
     graph.clean()
     return decisions
+
+
+def _why_float(own: GroupedWeight | Int8Weight | None, weight: Tensor, native: bool) -> str:
+    """Why linear_grouped cannot run a layer, or nothing."""
+    if native and own is None:
+        return "the file holds it in float, or in values of a table"
+    if native and isinstance(own, GroupedWeight) and own.group_size % 32:
+        return f"there is no kernel for groups of {own.group_size}"
+    if weight.shape[1] % 32 and not (native and isinstance(own, Int8Weight)):
+        return "K % 32 != 0"
+    return ""
+
+
+def _native_int8(graph: Graph, node: fx.Node, layer: Layer, name: str, weight: Int8Weight) -> Decision:
+    """A file's own int8 rows, its inputs to int8 per token while it runs."""
+    parts = _rows(graph, name, weight, node)
+    arguments = (
+        layer["x"], parts["q"], parts["scale"], layer["bias"], layer["activation"], layer["residual"],
+        layer["out_dtype"],
+    )  # fmt: skip
+    options = {"post_activation": layer["post_activation"]}
+    graph.replace(node, graph.add_call(ops.linear_dynamic_int8.default, arguments, options, like=node))
+    return Decision(name, "linear_dynamic_int8", "int8", why="the file's own codes")
 
 
 def _groups(graph: Graph, name: str, weight: GroupedWeight, before: fx.Node) -> embedding.Parts:

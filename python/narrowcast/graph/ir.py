@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from narrowcast.errors import ArgumentError, UnsupportedError
-from narrowcast.formats import GroupedWeight
+from narrowcast.formats import GroupedWeight, Int8Weight
 
 aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ class Graph:
         self,
         nodes: fx.Graph,
         weights: dict[str, Tensor],
-        native: dict[str, GroupedWeight] | None = None,
+        native: dict[str, GroupedWeight | Int8Weight] | None = None,
     ):
         #: The nodes.
         self.fx = nodes
@@ -72,7 +72,9 @@ class Graph:
 
     @classmethod
     def from_exported(
-        cls, exported: torch.export.ExportedProgram, native: dict[str, GroupedWeight] | None = None
+        cls,
+        exported: torch.export.ExportedProgram,
+        native: dict[str, GroupedWeight | Int8Weight] | None = None,
     ) -> Graph:
         """The graph of an ``ExportedProgram`` (as ``torch.export.export`` made it, no decompositions).
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from narrowcast.errors import ArgumentError, FormatError, UnsupportedError
 
+from . import quantized
 from .llama import export_decoder
 from .model import Model, describe_file
 from .torch_module import export
@@ -281,7 +282,8 @@ def from_folder(
 ) -> Model:
     """Imports a folder with config.json and .safetensors weights; nothing is downloaded, no code is run.
 
-    A sentence-transformers folder (modules.json) brings its own pooling. Otherwise as :func:`from_object`.
+    Quantised weights of the methods in ``quantized.METHODS`` are read as they are (``Model.native``). A
+    sentence-transformers folder (modules.json) brings its own pooling. Otherwise as :func:`from_object`.
     """
     path = Path(path)
     if dtype not in _DTYPES:
@@ -295,21 +297,57 @@ def from_folder(
     kind = settings.get("model_type")
     if kind not in DECODERS + ENCODERS:
         raise UnsupportedError(f"{kind!r} is not one of the known models {', '.join(DECODERS + ENCODERS)}")
-    library = _transformers()
-    factory = library.AutoModelForCausalLM if kind in DECODERS else library.AutoModel
-    try:
-        model = factory.from_pretrained(
-            str(path), local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype
-        )
-    except Exception as error:
-        raise FormatError(f"the folder {path.name!r} cannot be read: {error}") from error
+    method = quantized.settings_of(path, settings)
+    held = None if method is None else quantized.read_folder(path, method, dtype)
+    model = _pretrained(path, kind, dtype, held)
     if kind in ENCODERS and pooling is None:
         pooling, found = _pooling(path)
         normalize = found if normalize is None else normalize
     result = from_object(model, pooling, normalize, context)
+    if held is not None:
+        result.native = _native(result, model, held)
+        result.config["quant_method"] = method["quant_method"]
     _add_texts(result, path)
     result.source = {**describe_file(weights[0]), "path": path.name}
     return result
+
+
+def _pretrained(path: Path, kind: str, dtype: torch.dtype, held: quantized.Weights | None) -> nn.Module:
+    """The library's model; with ``held`` its weights are those, whatever the folder's own files hold."""
+    library = _transformers()
+    factory = library.AutoModelForCausalLM if kind in DECODERS else library.AutoModel
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        if held is None:
+            return factory.from_pretrained(str(path), use_safetensors=True, dtype=dtype, **options)
+        config = library.AutoConfig.from_pretrained(str(path), **options)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            chosen = type(factory.from_config(config))
+        model, report = chosen.from_pretrained(
+            None, config=config, state_dict=dict(held.values), output_loading_info=True, dtype=dtype
+        )
+    except Exception as error:
+        raise FormatError(f"the folder {path.name!r} cannot be read: {error}") from error
+    missing, astray = sorted(report["missing_keys"]), sorted(held.quantised & set(report["unexpected_keys"]))
+    if missing:
+        raise FormatError(f"the folder {path.name!r} lacks the weight {missing[0]!r}")
+    if astray:
+        raise FormatError(f"the quantised weight {astray[0]!r} of {path.name!r} has no place in the model")
+    return model
+
+
+def _native(result: Model, model: nn.Module, held: quantized.Weights) -> dict[str, Any]:
+    """The quantised forms under the names of the exported parameters."""
+    prefix = f"{model.base_model_prefix}."
+    native = {}
+    for name in result.exported.state_dict:
+        own = name.removeprefix("model.")
+        for candidate in (own, own.removeprefix(prefix), prefix + own):
+            if candidate in held.native:
+                native[name] = held.native[candidate]
+    return native
 
 
 def _json(path: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from narrowcast.errors import ArgumentError, FormatError, UnsupportedError
-from narrowcast.formats import GroupedWeight
+from narrowcast.formats import GroupedWeight, Int8Weight
 
 KINDS = ("decoder", "encoder", "image", "generic")
 
@@ -33,7 +33,7 @@ class Model:
     kind: str
     config: dict[str, Any] = field(default_factory=dict)
     assets: dict[str, bytes] = field(default_factory=dict)
-    native: dict[str, GroupedWeight] = field(default_factory=dict)
+    native: dict[str, GroupedWeight | Int8Weight] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

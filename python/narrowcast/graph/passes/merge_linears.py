@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from narrowcast.formats import GroupedWeight
+from narrowcast.formats import GroupedWeight, Int8Weight
 
 from ..ir import Graph
 from .fuse_activation import activation_name
@@ -36,9 +36,7 @@ def _compatible(graph: Graph, layers: list[Layer]) -> list[list[Layer]]:
     groups: dict[tuple, list[Layer]] = {}
     for layer in layers:
         name = layer["weight"].target
-        native = graph.native.get(name)
-        form = None if native is None else (native.bits, native.group_size, native.offset is None)
-        key = (graph.weights[name].dtype, layer["bias"] is None, form)
+        key = (graph.weights[name].dtype, layer["bias"] is None, _form(graph.native.get(name)))
         groups.setdefault(key, []).append(layer)
     # A large head beside a small layer would only move bytes: merge within a factor of 16.
     result = []
@@ -47,6 +45,13 @@ def _compatible(graph: Graph, layers: list[Layer]) -> list[list[Layer]]:
         if len(members) > 1 and max(rows) <= 16 * min(rows):
             result.append(members)
     return result
+
+
+def _form(native: GroupedWeight | Int8Weight | None) -> tuple:
+    if not isinstance(native, GroupedWeight):
+        return (type(native),)
+    columns = None if native.columns is None else tuple(native.columns.tolist())
+    return native.bits, native.group_size, native.offset is None, columns
 
 
 def _merge(graph: Graph, layers: list[Layer]) -> None:
@@ -58,7 +63,8 @@ def _merge(graph: Graph, layers: list[Layer]) -> None:
     joined = _joined_name(names)
     weight = graph.add_weight(joined, torch.cat(weights), before=first)
     if all(name in graph.native for name in names):
-        graph.native[weight.target] = GroupedWeight.concatenate([graph.native[name] for name in names])
+        parts = [graph.native[name] for name in names]
+        graph.native[weight.target] = type(parts[0]).concatenate(parts)
     bias = None
     if layers[0]["bias"] is not None:
         biases = torch.cat([graph.weight(layer["bias"]) for layer in layers])
