@@ -71,9 +71,48 @@ def require_activation(op: str, argument: str, activation: str) -> None:
 
 def require_scale(op: str, argument: str, scale: float) -> float:
     """1 / scale, rounded as float32 division rounds it."""
-    inverse = float(1 / torch.tensor(scale, dtype=torch.float32)) if scale else math.inf
+    inverse = float(1 / torch.tensor(scale, dtype=torch.float32, device="cpu")) if scale else math.inf
     if not (math.isfinite(scale) and math.isfinite(inverse) and inverse != 0):
         fail(op, f"{argument} must be finite and not 0, got {scale}")
+    return inverse
+
+
+def require_epilogue(
+    op: str, x: Tensor, columns: int, bias: Tensor | None, activation: str, residual: Tensor | None,
+    post_activation: str,
+) -> None:  # fmt: skip
+    """What follows a product of x [..., K] with N = ``columns``."""
+    require_activation(op, "activation", activation)
+    require_activation(op, "post_activation", post_activation)
+    if bias is not None:
+        if bias.dtype not in FLOATING or tuple(bias.shape) != (columns,):
+            fail(
+                op,
+                f"bias must be float32, float16 or bfloat16 [N] = [{columns}], got {describe(bias)}",
+            )
+        require_device(op, "bias", bias, x.device)
+    if residual is not None:
+        shape = [*x.shape[:-1], columns]
+        if residual.dtype not in FLOATING or list(residual.shape) != shape:
+            fail(op, f"residual must be float32, float16 or bfloat16 {shape}, got {describe(residual)}")
+        require_device(op, "residual", residual, x.device)
+
+
+def require_out_floating(op: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATING:
+        fail(op, f"out_dtype must be float32, float16 or bfloat16, got {name(dtype)}")
+
+
+def require_requantise(op: str, out_scale: float, out_zero_point: int, dtype: torch.dtype) -> float:
+    """1 / out_scale, rounded as float32 division rounds it."""
+    if dtype not in (torch.int8, torch.uint8):
+        fail(op, f"out_dtype must be int8 or uint8, got {name(dtype)}")
+    inverse = float(1 / torch.tensor(out_scale, dtype=torch.float32, device="cpu")) if out_scale > 0 else 0.0
+    if not (math.isfinite(inverse) and inverse > 0):
+        fail(op, f"out_scale must be positive and finite, and so its inverse, got {out_scale}")
+    low = -128 if dtype == torch.int8 else 0
+    if not low <= out_zero_point <= low + 255:
+        fail(op, f"out_zero_point must be within {low} and {low + 255}, got {out_zero_point}")
     return inverse
 
 
