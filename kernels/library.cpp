@@ -205,6 +205,10 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
       "_linear_int8_requantize_cuda(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, "
       "Tensor? bias, str activation, Tensor? residual, float out_scale, int out_zero_point, "
       "ScalarType out_dtype, Tensor? x_zero_point, int group_size, str post_activation) -> Tensor");
+  m.def(
+      "_linear_grouped_cuda(Tensor x, Tensor packed, Tensor scale, Tensor? offset, int group_size, "
+      "int bits, Tensor? bias, str activation, Tensor? residual, ScalarType? out_dtype, str "
+      "post_activation) -> Tensor");
   m.def("_rms_norm_cuda(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def(
       "_add_rms_norm_cuda(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, "

@@ -47,6 +47,11 @@ __device__ __forceinline__ uint8_t requantised(const Epilogue& e, float v) {
   return static_cast<uint8_t>(static_cast<int>(v));
 }
 
+// How many of four columns exist where `left` are left.
+__device__ __forceinline__ int four_of(int64_t left) {
+  return left < 4 ? static_cast<int>(left) : 4;
+}
+
 // Loops over v are unrolled so that it stays in registers. v[0..3] are acc * scales of columns n ..
 // n + 3 of row m; `count` of them exist.
 __device__ inline void finish_device(const Epilogue& e, float (&v)[4], int64_t m, int64_t n,

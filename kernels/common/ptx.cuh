@@ -156,6 +156,23 @@ NC_DEVICE int32_t dp4a(uint32_t a, uint32_t b, int32_t sum) {
   return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
 }
 
+// Byte i of the result is byte (selector >> 4 i) % 8 of a (0 .. 3) and b (4 .. 7), selector bits 3
+// being 0. [Data Movement: prmt]
+NC_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// a b + c of two 16-bit floats each, rounded once. [Half Precision Floating-Point: fma]
+#define NC_FMA_HALVES(name, type)                                              \
+  NC_DEVICE uint32_t name(uint32_t a, uint32_t b, uint32_t c) {                \
+    uint32_t d;                                                                \
+    asm("fma.rn." type " %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); \
+    return d;                                                                  \
+  }
+NC_FMA_HALVES(fma_f16x2, "f16x2")
+NC_FMA_HALVES(fma_bf16x2, "bf16x2")
+#undef NC_FMA_HALVES
+
 // No result, no order. [Parallel Synchronization: red]
 NC_DEVICE void atomic_add(int64_t* p, int64_t v) {
   atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v));

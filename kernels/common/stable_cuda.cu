@@ -22,6 +22,12 @@ TensorView view(const Tensor& t, const char* op, const char* argument) {
   return describe(t, op, argument);
 }
 
+Tensor as_aligned(const Tensor& t) {
+  const Tensor dense = as_contiguous(t);
+  const bool aligned = reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0;
+  return aligned ? dense : torch::stable::clone(dense);
+}
+
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      DType dtype) {
   return empty_strided_on(aoti_torch_device_type_cuda(),

@@ -18,4 +18,7 @@ class OnDeviceOf {
   Stream stream_ = nullptr;
 };
 
+// t itself when it is contiguous and begins at an address that 16-byte loads take, else a copy.
+Tensor as_aligned(const Tensor& t);
+
 }  // namespace narrowcast

@@ -40,9 +40,6 @@ struct GroupedLayout {
   int64_t code_bytes, scale_bytes, panel_bytes;  // per panel; scale_bytes: of the scales alone
 };
 
-GroupedLayout grouped_layout(int64_t n, int64_t k, int64_t group, int bits, bool half,
-                             bool has_offset);
-
 // Canonical weights, row-major and contiguous.
 struct GroupedSource {
   const uint8_t* codes;

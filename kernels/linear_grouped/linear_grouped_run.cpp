@@ -1,7 +1,6 @@
 // Packing, selection and the parallel loop: raw pointers in, no torch.
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 #include <optional>
 
 #include "common/parallel.h"
@@ -135,17 +134,6 @@ void spread_scales(const T* from, int64_t groups, int64_t repeat, int rows, uint
 }
 
 }  // namespace
-
-GroupedLayout grouped_layout(int64_t n, int64_t k, int64_t group, int bits, bool half,
-                             bool has_offset) {
-  GroupedLayout l = {};
-  l.n = n, l.k = k, l.group = group, l.bits = bits, l.half = half, l.has_offset = has_offset;
-  l.block = std::gcd<int64_t>(group, 128);
-  l.code_bytes = kGroupedPanel * k * bits / 8;
-  l.scale_bytes = kGroupedPanel * (k / l.block) * (half ? 2 : 4);
-  l.panel_bytes = round_up(l.code_bytes + l.scale_bytes * (has_offset ? 2 : 1), 64);
-  return l;
-}
 
 int64_t grouped_packed_bytes(const GroupedLayout& l) { return panel_count(l) * l.panel_bytes; }
 

@@ -20,6 +20,7 @@
 // GATE linear_tile.*Lb1E: contains LDGSTS.E.BYPASS.128
 // GATE block: shared <= 68000
 #include "common/epilogue.cuh"
+#include "common/raster.cuh"
 #include "linear_int8/linear_int8_cuda.h"
 
 namespace narrowcast {
@@ -29,7 +30,6 @@ constexpr int kStep = 64;   // bytes of K in a buffer
 constexpr int kChunk = 16;  // bytes of one copy
 constexpr int kMmaDepth = 32;
 constexpr int kChunks = kStep / kChunk;
-constexpr int kBand = 8;  // tiles of M that share a column of tiles of w in L2
 
 enum class Sum {
   kInteger,    // one exact sum over all of K
@@ -169,12 +169,7 @@ __global__ void __launch_bounds__(T::kThreads, blocks_on_sm(T::kM, kSum))
   Shared<T>& shared = ptx::shared_memory<Shared<T>>();
   const int lane = threadIdx.x % ptx::kWarp, warp = threadIdx.x / ptx::kWarp;
   const int warp_m = warp / T::kWarpsN * T::kWarpM, warp_n = warp % T::kWarpsN * T::kWarpN;
-  const int64_t tiles_m = (args.rows + T::kM - 1) / T::kM;
-  const int64_t tiles_n = (args.columns + T::kN - 1) / T::kN;
-  const int64_t band = blockIdx.x / (kBand * tiles_n), first = band * kBand;
-  const int64_t high = tiles_m - first < kBand ? tiles_m - first : kBand;
-  const int64_t within = blockIdx.x - first * tiles_n;
-  const int64_t m0 = (first + within % high) * T::kM, n0 = within / high * T::kN;
+  const auto [m0, n0] = tile_origin(blockIdx.x, args.rows, args.columns, T::kM, T::kN);
   const Source x = {args.x, args.ldx, args.rows, args.depth};
   const Source w = {args.w, args.ldw, args.columns, args.depth};
   const int64_t steps = (args.depth + kStep - 1) / kStep;
@@ -264,7 +259,7 @@ __global__ void __launch_bounds__(T::kThreads, blocks_on_sm(T::kM, kSum))
     if (m >= args.rows || exist <= 0) continue;
     float v[4] = {shared.y[row][column], shared.y[row][column + 1], shared.y[row][column + 2],
                   shared.y[row][column + 3]};
-    finish_device(args.epilogue, v, m, n, exist < 4 ? static_cast<int>(exist) : 4);
+    finish_device(args.epilogue, v, m, n, four_of(exist));
   }
 }
 

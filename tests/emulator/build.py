@@ -24,6 +24,7 @@ PROGRAMS = {
         ("linear_int8/linear_int8_sm80.cu",),
         ("linear_int8/linear_int8_generic.cpp", "common/activation.cpp"),
     ),
+    "linear_grouped": (("linear_grouped/linear_grouped_sm80.cu",), ("common/activation.cpp",)),
     "norm": (("norm/norm_sm80.cu",), ()),
 }
 MACHINE = ("simt.cpp", "memory.cpp", "hooks.cpp", "ptx_host.cpp")

@@ -207,6 +207,47 @@ int32_t dp4a(uint32_t a, uint32_t b, int32_t sum) {
   return sum;
 }
 
+uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 32; i += 8)
+    result |= static_cast<uint32_t>(both >> (selector >> i / 2) % 8 * 8 & 255) << i;
+  return result;
+}
+
+namespace {
+
+// The sum of two doubles as a float32 whose last bit stands for all that is lost: rounding it to 16
+// bits is then rounding once.
+float odd_sum(double a, double b) {
+  const double sum = a + b, rest = b - (sum - a);
+  const float near = static_cast<float>(sum);
+  const double lost = (sum - near) + rest;
+  uint32_t bits = __builtin_bit_cast(uint32_t, near);
+  if (lost == 0 || !(std::abs(near) <= 3e38f) || (bits & 1)) return near;
+  return __builtin_bit_cast(float, bits + ((lost > 0) == (near > 0) ? 1 : -1));
+}
+
+template <class From, class To>
+uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c, From from, To to) {
+  uint32_t result = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const auto half = [&](uint32_t v) { return from(static_cast<uint16_t>(v >> i)); };
+    const float v = odd_sum(double{half(a)} * half(b), half(c));
+    result |= uint32_t{to(v)} << i;
+  }
+  return result;
+}
+
+}  // namespace
+
+uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return fma_halves(a, b, c, from_float16, to_float16);
+}
+uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return fma_halves(a, b, c, from_bfloat16, to_bfloat16);
+}
+
 void atomic_add(int64_t* p, int64_t v) {
   access_aligned(p, 8, 8, Access::kAtomic, "atomic_add");
   *p += v;

@@ -81,6 +81,9 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
               Site site = Site::current());
 
 int32_t dp4a(uint32_t a, uint32_t b, int32_t sum);
+uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector);
+uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c);
+uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c);
 void atomic_add(int64_t* p, int64_t v);
 
 uint16_t float16_bits(float v);

@@ -192,6 +192,30 @@ void run_unsigned_product() {
     }
 }
 
+void run_halves() {
+  const auto two = [](float low, float high, auto to) {
+    return to(low) | uint32_t{to(high)} << 16;
+  };
+  require(ptx::permute_bytes(0x33221100u, 0x77665544u, 0x7041) == 0x77004411u, "wrong bytes");
+  // A sum just over the middle of two neighbours, by less than float32 holds: it is rounded once.
+  const float tiny = 1.0f / (1 << 14);
+  require(ptx::fma_f16x2(two(1039, tiny, to_float16), two(1, tiny, to_float16),
+                         two(-1032, 1.0f, to_float16)) == two(7, 1, to_float16),
+          "wrong float16 sum");
+  require(ptx::fma_f16x2(two(2050, tiny, to_float16), two(1, tiny, to_float16),
+                         two(1, 0, to_float16)) == two(2052, 0, to_float16),
+          "wrong middle");
+  require(ptx::fma_bf16x2(two(143, 0x1p-80f, to_bfloat16), two(1, 1, to_bfloat16),
+                          two(-136, 1, to_bfloat16)) == two(7, 1, to_bfloat16),
+          "wrong bfloat16 sum");
+  // (1 + 2^-4)^2 = 1 + 2^-3 + 2^-8: the middle of two bfloat16 numbers, but for c.
+  const float a = 1.0f + 1.0f / 16;
+  require(ptx::fma_bf16x2(two(a, a, to_bfloat16), two(a, a, to_bfloat16),
+                          two(0x1p-60f, -0x1p-60f, to_bfloat16)) ==
+              two(1.125f + 1.0f / 128, 1.125f, to_bfloat16),
+          "not rounded once");
+}
+
 __global__ void sum_of_lanes(const float* in, float* out) {
   float v = in[threadIdx.x];
   for (int mask = 16; mask; mask /= 2) v += ptx::shuffle_xor(v, mask);
@@ -271,6 +295,7 @@ int main() {
   expect("float16 product", "", kSeeds, [] { run_half_product(false); });
   expect("bfloat16 product", "", kSeeds, [] { run_half_product(true); });
   expect("unsigned product", "", kSeeds, [] { run_unsigned_product(); });
+  expect("halves", "", 1, run_halves);
   expect("shuffles", "", kSeeds, [] {
     const Buffer<float> in(std::vector<float>(32, 2.0f)), out(1);
     run(sum_of_lanes, 1, 32, in.data, out.data);
