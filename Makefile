@@ -44,7 +44,7 @@ test-abi: venv
 	@$(PY) tools/test_abi.py
 
 hostile: venv
-	@$(PY) -m tests.fuzz.hostile --cases 20000
+	@cd tests && ../$(PY) -m fuzz.hostile --cases 20000
 
 gates: venv
 	@$(PY) tools/gates.py

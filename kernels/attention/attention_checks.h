@@ -48,8 +48,8 @@ inline AttentionStrides strides_of(const TensorView& t) {  // [B, H, S, D]
 
 inline float checked_scale(const char* op, bool given, double scale, double softcap, int64_t window,
                            int64_t depth) {
-  NC_CHECK(softcap >= 0 && softcap < 1e30 && (softcap == 0 || static_cast<float>(softcap) > 0), op,
-           "softcap must be 0 (none) or positive, got ", softcap);
+  NC_CHECK(softcap == 0 || (softcap >= 1e-30 && softcap <= 1e30), op,
+           "softcap must be 0 (none) or within 1e-30 and 1e30, got ", softcap);
   NC_CHECK(window >= 0, op, "window must be 0 (none) or positive, got ", window);
   if (!given)
     return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(depth ? depth : 1)));

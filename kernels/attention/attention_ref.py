@@ -8,14 +8,14 @@ from torch import Tensor
 
 def visible(sq: int, sk: int, causal: bool, window: int) -> Tensor:
     """bool [Sq, Sk]: which keys a query sees; query i stands at position i + Sk - Sq."""
-    position, key = torch.arange(sq)[:, None] + sk - sq, torch.arange(sk)[None]
+    ago = torch.arange(sq)[:, None] + sk - sq - torch.arange(sk)[None]
     seen = torch.ones(sq, sk, dtype=torch.bool)
     if causal:
-        seen &= key <= position
+        seen &= ago >= 0
     if window:
-        seen &= key > position - window
+        seen &= ago < window
         if not causal:
-            seen &= key < position + window
+            seen &= -ago < window
     return seen
 
 

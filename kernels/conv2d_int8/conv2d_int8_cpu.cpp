@@ -34,32 +34,15 @@ float checked_scale(double scale, const char* argument) {
   return s;
 }
 
-int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  return (in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-void check_pair(const std::vector<int64_t>& v, const char* argument, int64_t least) {
-  constexpr int64_t kMost = 1 << 20;
-  NC_CHECK(v.size() == 2 && v[0] >= least && v[1] >= least && v[0] <= kMost && v[1] <= kMost, op,
-           argument, " must be two integers from ", least, " to ", kMost, ", got ", v.size(),
-           " starting with ", v.empty() ? 0 : v[0]);
-}
-
 Conv2dInt8Shape shape_of(const Call& c) {
-  NC_CHECK(c.x.rank == 4 && is_byte(c.x.dtype), op, "x_q must be uint8 or int8 [N, C, H, W], got ",
-           name(c.x.dtype), " ", shape(c.x));
+  check_image(op, "x_q", c.x);
+  NC_CHECK(is_byte(c.x.dtype), op, "x_q must be uint8 or int8, got ", name(c.x.dtype));
   NC_CHECK(c.w.rank == 4 && c.w.dtype == DType::kInt8, op,
            "w_q must be int8 [O, C / groups, KH, KW], got ", name(c.w.dtype), " ", shape(c.w));
-  check_pair(c.stride, "stride", 1);
-  check_pair(c.padding, "padding", 0);
-  check_pair(c.dilation, "dilation", 1);
   Conv2dInt8Shape s;
   s.batch = c.x.sizes[0], s.channels = c.x.sizes[1], s.height = c.x.sizes[2],
   s.width = c.x.sizes[3];
   s.out_channels = c.w.sizes[0], s.kernel_height = c.w.sizes[2], s.kernel_width = c.w.sizes[3];
-  s.stride_h = c.stride[0], s.stride_w = c.stride[1];
-  s.padding_h = c.padding[0], s.padding_w = c.padding[1];
-  s.dilation_h = c.dilation[0], s.dilation_w = c.dilation[1];
   s.groups = c.groups;
   NC_CHECK(c.groups >= 1 && s.channels % c.groups == 0 && s.out_channels % c.groups == 0, op,
            "groups must divide the input channels ", s.channels, " and the output channels ",
@@ -72,12 +55,12 @@ Conv2dInt8Shape shape_of(const Call& c) {
       op, "w_q must have kernel sizes from 1 to 64, got ", shape(c.w));
   NC_CHECK(c.w.sizes[1] * s.kernel_height * s.kernel_width <= 65536, op,
            "w_q must have at most 65536 weights per output channel (int32 sums), got ", shape(c.w));
-  s.out_height = out_size(s.height, s.kernel_height, s.stride_h, s.padding_h, s.dilation_h);
-  s.out_width = out_size(s.width, s.kernel_width, s.stride_w, s.padding_w, s.dilation_w);
-  NC_CHECK(s.height + 2 * s.padding_h > s.dilation_h * (s.kernel_height - 1) &&
-               s.width + 2 * s.padding_w > s.dilation_w * (s.kernel_width - 1),
-           op, "x_q must be at least as large as the kernel after padding, got ", shape(c.x),
-           " and kernel ", shape(c.w));
+  const Window w = make_window(op, {s.kernel_height, s.kernel_width}, c.stride, c.padding, c.dilation);
+  s.stride_h = w.stride[0], s.stride_w = w.stride[1];
+  s.padding_h = w.padding[0], s.padding_w = w.padding[1];
+  s.dilation_h = w.dilation[0], s.dilation_w = w.dilation[1];
+  s.out_height = window_positions(op, w, 0, s.height, false, "w_q");
+  s.out_width = window_positions(op, w, 1, s.width, false, "w_q");
   return s;
 }
 

@@ -1,5 +1,6 @@
 // Where tensors stop: argument checks, the torch ops, the executor's steps.
 #include <algorithm>
+#include <cmath>
 
 #include "common/image.h"
 #include "common/rows.h"
@@ -64,9 +65,10 @@ PoolArgs average_args(const TensorView& x, double x_scale, int64_t x_zero_point,
   };
   NC_CHECK(in_range(x_zero_point, a.is_signed), op, "x_zero_point must be a code of x_q's dtype ",
            name(x.dtype), ", got ", x_zero_point);
-  NC_CHECK(out_scale >= 0 && static_cast<float>(out_scale) < 3.0e38f &&
-               (out_scale == 0) == (static_cast<float>(out_scale) == 0),
-           op, "out_scale must be 0 (float output) or a positive float32, got ", out_scale);
+  const float scale = static_cast<float>(out_scale);
+  NC_CHECK(out_scale == 0 || (scale > 0 && std::isfinite(scale) && std::isfinite(1.0f / scale)), op,
+           "out_scale must be 0 (float output), or positive and finite, and so its inverse, got ",
+           out_scale);
   if (out_scale == 0)
     NC_CHECK(is_floating(out_dtype), op,
              "out_dtype must be float32, float16 or bfloat16 when out_scale is 0, got ",
@@ -78,7 +80,7 @@ PoolArgs average_args(const TensorView& x, double x_scale, int64_t x_zero_point,
              name(out_dtype), " and ", out_zero_point);
   a.x_scale = static_cast<float>(x_scale), a.x_zero_point = static_cast<int32_t>(x_zero_point);
   a.epilogue.out_dtype = out_dtype;
-  if (out_scale != 0) a.epilogue.out_scale = static_cast<float>(out_scale);
+  if (out_scale != 0) a.epilogue.out_scale = scale;
   a.epilogue.out_zero_point = static_cast<int32_t>(out_zero_point);
   return a;
 }

@@ -1,1 +1,1 @@
-"""Hostile and odd input to every op: ``python -m tests.fuzz.hostile --help``."""
+"""Hostile and odd input to every op: ``python -m fuzz.hostile --help``."""

@@ -30,7 +30,7 @@ def option_faults(a: Arguments, heads: int) -> set[str]:
     found = set()
     if a["scale"] is not None and not abs(a["scale"]) < 1e30:
         found.add("scale")
-    if not 0 <= a["softcap"] < 1e30 or (a["softcap"] and not torch.tensor(a["softcap"], dtype=FLOAT32)):
+    if a["softcap"] != 0 and not 1e-30 <= a["softcap"] <= 1e30:
         found.add("softcap")
     if a["window"] < 0:
         found.add("window")

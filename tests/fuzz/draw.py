@@ -169,7 +169,7 @@ def spoil(draw: Draw, arguments: dict[str, Any]) -> None:
             extent = (source.untyped_storage().nbytes()) // value.element_size()
             start = source.data_ptr() - source.untyped_storage().data_ptr()
             start //= value.element_size()
-            if source.numel() and start + value.numel() <= extent:
+            if source.numel() and 0 <= start <= extent - value.numel():
                 flat = torch.empty(0, dtype=value.dtype).set_(source.untyped_storage())
                 arguments[name] = torch.as_strided(flat, value.shape, value.stride(), start)
         elif kind == "layout":

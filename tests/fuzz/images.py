@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,21 @@ def conv_faults(a: Arguments, names: tuple[str, str]) -> set[str]:
     return found
 
 
+def with_defaults(a: Arguments) -> Arguments:
+    """An empty list stands for the default."""
+    return {**a, **{n: a[n] or [d, d] for n, d in (("stride", 1), ("padding", 0), ("dilation", 1))}}
+
+
+def conv_elements(a: Arguments) -> int:
+    """Padding alone can make an output of any size."""
+    x, w = a.get("x", a.get("x_q")), a.get("weight", a.get("w_q"))
+    a = with_defaults(a)
+    windows = (bad_pair(a[n], least) for n, least in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    if x.dim() != 4 or w.dim() != 4 or any(windows):
+        return 0
+    return math.prod(max(n, 0) for n in conv_shape(a, x, w))
+
+
 def draw_conv_float(draw: Draw) -> Arguments:
     dtype = draw.floating()
     a = draw_conv(draw, dtype, dtype, ("x", "weight"), nonfinite=0.02)
@@ -95,11 +112,6 @@ def draw_conv_float(draw: Draw) -> Arguments:
     a["residual"] = draw.tensor(shape, draw.floating()) if draw.chance(0.4) else None
     a["post_activation"] = draw.choice(ACTIVATIONS) if draw.chance(0.3) else "none"
     return a
-
-
-def with_defaults(a: Arguments) -> Arguments:
-    """An empty list stands for the default."""
-    return {**a, **{n: a[n] or [d, d] for n, d in (("stride", 1), ("padding", 0), ("dilation", 1))}}
 
 
 def conv_float_faults(a: Arguments) -> set[str]:
@@ -127,7 +139,7 @@ def expect_conv_float(a: Arguments) -> list[Expected]:
         return [Expected(torch.zeros(shape), x.dtype)]
     k = w[0].numel()
     magnitude = other(x) * other(w) * k**0.5 + other(a["bias"], a["residual"])
-    wild = not bool(x.isfinite().all())  # padding may or may not meet an infinity
+    wild = not bool(x.isfinite().all() and w.isfinite().all())  # padding may or may not meet an infinity
     y = conv2d_ref.conv2d(**a)
     return [Expected(y, x.dtype, exact=False, magnitude=magnitude, check_values=not wild)]
 
@@ -161,9 +173,11 @@ def conv_int8_op(out: bool) -> Op:
         return a
 
     def faults(a: Arguments) -> set[str]:
+        a = with_defaults(a)
         x, w, scale = a["x_q"], a["w_q"], a["w_scale"]
-        found = {n for n in ("activation", "post_activation") if a[n] not in ACTIVATIONS}
-        found |= conv_faults(a, ("x_q", "w_q"))
+        found = conv_faults(a, ("x_q", "w_q"))
+        shape = None if found else conv_shape(a, x, w)
+        found |= {n for n in ("activation", "post_activation") if a[n] not in ACTIVATIONS}
         if x.dtype not in BYTES:
             found |= {"x_q", "x_zero_point"}
         elif not is_code(a["x_zero_point"], x.dtype):
@@ -187,7 +201,7 @@ def conv_int8_op(out: bool) -> Op:
                 found |= {"out_zero_point"}
         elif a["out_scale"] != 0:
             found |= names
-        r, shape = a["residual"], None if found else conv_shape(a, x, w)
+        r = a["residual"]
         if r is not None:
             if r.dtype not in (*BYTES, *FLOATS) or (shape and list(r.shape) != shape):
                 found |= {"residual"}
@@ -207,6 +221,7 @@ def conv_int8_op(out: bool) -> Op:
         return found
 
     def reference(a: Arguments) -> list[Expected]:
+        a = with_defaults(a)
         dtype = a["out"].dtype if out else a["out_dtype"]
         inputs = {n: v for n, v in a.items() if n not in ("out", "out_dtype")}
         shape = conv_shape(a, a["x_q"], a["w_q"])
@@ -221,7 +236,7 @@ def conv_int8_op(out: bool) -> Op:
         return [Expected(y, dtype, exact=False, magnitude=magnitude)]
 
     return Op(
-        "conv2d_int8", draw_int8, faults, reference, kernels="conv2d_int8",
+        "conv2d_int8", draw_int8, faults, reference, kernels="conv2d_int8", elements=conv_elements,
         overload="out" if out else "default", written=("out",) if out else (),
     )  # fmt: skip
 
@@ -335,7 +350,14 @@ def expect_average(a: Arguments) -> list[Expected]:
 
 
 OPS = [
-    Op("conv2d", draw_conv_float, conv_float_faults, expect_conv_float, kernels="conv2d"),
+    Op(
+        "conv2d",
+        draw_conv_float,
+        conv_float_faults,
+        expect_conv_float,
+        kernels="conv2d",
+        elements=conv_elements,
+    ),
     conv_int8_op(False),
     conv_int8_op(True),
     Op(

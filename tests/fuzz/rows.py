@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from tests.tolerances import BOUND
 from torch import Tensor
 
 from narrowcast.formats import GGUF_BLOCKS
@@ -14,11 +13,13 @@ from narrowcast.kernels.gated_act import gated_act_ref
 from narrowcast.kernels.norm import norm_ref
 from narrowcast.kernels.quantize import quantize_ref
 from narrowcast.kernels.rope import rope_ref
+from tolerances import BOUND
 
 from .draw import BYTES, FLOATS, Draw
 from .spec import Arguments, Expected, Op, bad_out, is_floating, is_vector
 
 INT8, FLOAT32 = torch.int8, torch.float32
+SMALLEST = torch.finfo(FLOAT32).tiny  # with all its digits
 
 
 def group_of(draw: Draw, k: int) -> int:
@@ -278,15 +279,17 @@ def norm_op(name: str, rms: bool, add: bool, int8: bool, out: bool = False) -> O
             magnitude = cancellation(total, a["weight"], eps)
         # A row with NaN or infinity is NaN as a whole.
         y = torch.where(total.isfinite().all(-1, keepdim=True), y, math.nan)
-        rows = Expected(y, x.dtype, exact=False, magnitude=magnitude)
+        lost = underflows(total, rms, eps)
+        # An infinite weight times a difference that is all rounding error is infinite or NaN.
+        rows = Expected(y, x.dtype, exact=False, magnitude=magnitude, unspecified=lost, kinds=rms)
         summed = Expected((x.float() + a["residual"].float()) if add else x, x.dtype)
         if not int8:
             return [rows, summed] if add else [rows]
         q, scale = expect_int8(y.float(), group)
         q.codes, scale.exact, scale.bound = 1, False, 1e-5
         scale.magnitude = magnitude
-        if magnitude > 20 or bool((scale.value < 1e-5).any()) or (eps == 0 and not bool(y.isfinite().all())):
-            q.check_values = scale.check_values = False
+        exclude_noise(y, torch.where(lost, math.inf, 1e-3), group, q, scale)
+        q.check_values = scale.check_values = magnitude <= 20
         return [q, scale, *([] if not add else [summed] if rms else [rows])]
 
     return Op(
@@ -295,10 +298,35 @@ def norm_op(name: str, rms: bool, add: bool, int8: bool, out: bool = False) -> O
     )  # fmt: skip
 
 
+def underflows(x: Tensor, rms: bool, eps: float) -> Tensor:
+    """Rows whose mean square (or variance) plus eps is too small for float32: the norm divides by nothing."""
+    if x.shape[-1] == 0:
+        return torch.zeros((*x.shape[:-1], 1), dtype=torch.bool)
+    power = x.square().mean(-1, keepdim=True) if rms else x.var(-1, unbiased=False, keepdim=True)
+    return power + eps < SMALLEST
+
+
+def row_largest(t: Tensor) -> Tensor:
+    t = t.double().nan_to_num(0, 0, 0).abs()
+    return t.amax(-1, keepdim=True) if t.shape[-1] else t.sum(-1, keepdim=True)
+
+
+def exclude_noise(y, floor, group: int, q: Expected, scale: Expected, codes=False) -> None:
+    """Rows with a part below ``floor`` are all rounding error there, and so is its scale.
+
+    codes: other codes that are not specified."""
+    if y.numel() == 0:
+        return
+    parts = y.double().unflatten(-1, (-1, group or y.shape[-1]))
+    lost = (parts.nan_to_num(0, 0, 0).abs().amax(-1) < floor).any(-1, keepdim=True)
+    q.unspecified, scale.unspecified = lost | codes, lost if group else lost[..., 0]
+
+
 def cancellation(x: Tensor, weight: Tensor | None, eps: float) -> float:
     """How much larger than its result the rounding errors of x - mean(x) are."""
     spread = x.double().var(-1, unbiased=False).add(eps).sqrt()
     largest = x.double().abs().amax(-1)
+    largest = torch.where(largest > 0, largest.clamp(min=SMALLEST), largest)  # subnormal x has fewer digits
     ratio = torch.where(spread > 0, largest / spread, torch.where(largest > 0, 1e9, 0.0))
     finite = ratio[ratio.isfinite()]
     gain = 1.0 if weight is None else weight.double().nan_to_num(0, 1, 1).abs().amax().item()
@@ -358,6 +386,11 @@ def expect_rope(a: Arguments) -> list[Expected]:
 # gated activations
 
 
+def underflowed_times_infinity(gate: Tensor, up: Tensor) -> Tensor:
+    """Where the activation's tail may be 0 or not, and the result NaN or infinite with it."""
+    return up.isinf() & (gate < -5)
+
+
 def gated_op(name: str, out: bool = False) -> Op:
     silu, int8 = name.startswith("silu"), name.endswith("int8")
 
@@ -392,12 +425,13 @@ def gated_op(name: str, out: bool = False) -> Op:
         if not int8:
             # A gate's tail is only as exact as float32 next to the gate itself.
             sizes = [t.double().nan_to_num(0, 0, 0).square().mean().sqrt().item() for t in (gate, up)]
-            magnitude = 0.0 if gate.numel() == 0 else sizes[0] * sizes[1] * 2e-7 / BOUND[gate.dtype]
-            return [Expected(y, gate.dtype, exact=False, magnitude=magnitude)]
+            magnitude = max(sizes[0], SMALLEST) * sizes[1] * 2e-7 / BOUND[gate.dtype] if gate.numel() else 0.0
+            # The tail of gelu times an infinity is NaN where the tail has underflowed.
+            return [Expected(y, gate.dtype, exact=False, magnitude=magnitude, kinds=False)]
         q, scale = expect_int8(y.float(), a["group_size"])
         q.codes, scale.exact, scale.bound = 1, False, 1e-5
-        # Tails of the gate below float32's own steps have no digits left to quantise.
-        q.check_values = scale.check_values = bool((scale.value > 1e-6).all())
+        floor = row_largest(gate) * row_largest(up) * 1e-4  # float32's own steps are at 1e-7
+        exclude_noise(y, floor, a["group_size"], q, scale, underflowed_times_infinity(gate, up))
         return [q, scale]
 
     return Op(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tests.tolerances import BOUND
 from torch import Tensor
+
+from tolerances import BOUND
 
 from .draw import FLOATS, Draw
 
@@ -32,6 +33,7 @@ class Expected:
     codes: int = 0
     check_values: bool = True
     kinds: bool = True
+    unspecified: Tensor | None = None  # bool, where any value will do
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Op:
     kernels: str = ""  # name of its kernel list
     overload: str = "default"
     written: tuple[str, ...] = ()  # arguments that hold the results
+    elements: Callable[[Arguments], int] = lambda _: 0  # of a result whose size is no input's
 
 
 def mismatch(got: Tensor, want: Expected) -> str:
@@ -57,6 +60,9 @@ def mismatch(got: Tensor, want: Expected) -> str:
         return ""
     if want.exact:
         value = value.to(want.dtype)
+        if want.unspecified is not None:
+            anywhere = want.unspecified.expand(got.shape)
+            got, value = got.masked_fill(anywhere, 0), value.masked_fill(anywhere, 0)
         if want.codes:
             off = int((got.int() - value.int()).abs().max())
             return f"off by {off} codes" if off > want.codes else ""
@@ -64,6 +70,9 @@ def mismatch(got: Tensor, want: Expected) -> str:
         return "" if bool(same.all()) else f"{int((~same).sum())} of {same.numel()} elements differ"
     rounded = value.to(want.dtype).double()
     out, value = got.double(), value.double()
+    if want.unspecified is not None:
+        anywhere = want.unspecified.expand(out.shape)
+        out, value, rounded = (t.masked_fill(anywhere, 0.0) for t in (out, value, rounded))
     odd = ~rounded.isfinite()
     if bool((out.isfinite() == odd).any()):
         return f"{int((out.isfinite() == odd).sum())} elements are finite here and not there"
