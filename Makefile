@@ -10,7 +10,7 @@ SOURCES := $(shell find kernels python/narrowcast -name '*.cpp' -o -name '*.h' -
 # Without a visible GPU the CUDA library would only cost minutes of compilation.
 export NARROWCAST_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
 
-.PHONY: venv dev demo test test-abi hostile gates bench lint format clean
+.PHONY: venv dev demo test test-abi hostile sanitize gates bench lint format clean
 
 venv: $(VENV)/.built
 
@@ -44,9 +44,14 @@ test-abi: venv
 	@$(PY) tools/test_abi.py
 
 hostile: venv
-	@cd tests && ../$(PY) -m fuzz.hostile --cases 20000
+	@cd tests && ../$(PY) -W ignore -m fuzz.hostile --cases 5000
 
+sanitize: venv
+	@$(PY) tools/sanitize.py
+
+# Triton is needed here and on GPUs only.
 gates: venv
+	@$(PIP) install $$($(PY) tools/requirements.py triton)
 	@$(PY) tools/gates.py
 
 bench: venv

@@ -161,13 +161,13 @@ def test_same_bits_whatever_the_threads():
     "change, message",
     [
         ({"x_q": torch.ones(2, 20, 7, 5)}, "x_q must be uint8 or int8"),
-        ({"x_q": torch.ones(20, 7, 5, dtype=torch.uint8)}, "x_q must be uint8 or int8"),
+        ({"x_q": torch.ones(20, 7, 5, dtype=torch.uint8)}, r"x_q must be \[N, C, H, W\]"),
         ({"w_q": torch.ones(80, 20, 3, 3)}, "w_q must be int8"),
         ({"w_q": torch.ones(80, 19, 3, 3, dtype=torch.int8)}, r"w_q must be \[O, 20"),
         ({"w_scale": torch.ones(3)}, "w_scale must be float32"),
         ({"bias": torch.ones(3)}, "bias must be float32"),
-        ({"stride": (0, 1)}, "stride must be two integers"),
-        ({"padding": (-1, 0)}, "padding must be two integers"),
+        ({"stride": (0, 1)}, "stride must be"),
+        ({"padding": (-1, 0)}, "padding must be"),
         ({"groups": 3}, "groups must divide"),
         ({"x_zero_point": 256}, "x_zero_point must be a value of"),
         ({"x_scale": float("nan")}, "x_scale must be finite"),
@@ -177,7 +177,7 @@ def test_same_bits_whatever_the_threads():
         ({"residual": torch.ones(1, 80, 7, 5)}, "residual must have the shape of the output"),
         (
             {"x_q": torch.ones(2, 20, 1, 1, dtype=torch.uint8), "padding": (0, 0)},
-            "x_q must be at least as large as the kernel",
+            "w_q must fit the padded image",
         ),
     ],
 )

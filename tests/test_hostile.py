@@ -13,21 +13,14 @@ ROOT = Path(__file__).parents[1]
 PRIVATE = ("nan_count",)  # takes no tensor
 
 
+SEED, CASES = 5, 500  # of every op; `make hostile` draws others
+
+
 @pytest.fixture(scope="module")
-def outcome(request, tmp_path_factory):
+def outcome(tmp_path_factory):
     path = tmp_path_factory.mktemp("hostile") / "outcome.json"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "fuzz.hostile",
-        "--cases",
-        "500",
-        "--json",
-        str(path),
-    ]
-    command += ["--seed", str(request.config.option.seed)]
+    command = [sys.executable, "-W", "ignore", "-m", "fuzz.hostile"]
+    command += ["--cases", str(CASES), "--seed", str(SEED), "--json", str(path)]
     # glibc fills freed memory with rubbish, so that a read of memory nobody wrote shows.
     environment = {**os.environ, "MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
@@ -44,8 +37,8 @@ def test_nothing_crashes_and_nothing_is_wrong(outcome):
 
 def test_most_cases_are_legal_and_computed(outcome):
     for name, counts in outcome[0]["counts"].items():
-        assert sum(counts.values()) == 500
-        assert counts["computed"] >= 300, f"{name}: {counts}"
+        assert sum(counts.values()) == CASES
+        assert counts["computed"] >= 0.6 * CASES, f"{name}: {counts}"
 
 
 def test_every_public_op_is_covered(outcome):

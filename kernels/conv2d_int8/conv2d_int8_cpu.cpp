@@ -35,8 +35,8 @@ float checked_scale(double scale, const char* argument) {
 }
 
 Conv2dInt8Shape shape_of(const Call& c) {
-  check_image(op, "x_q", c.x);
   NC_CHECK(is_byte(c.x.dtype), op, "x_q must be uint8 or int8, got ", name(c.x.dtype));
+  check_image(op, "x_q", c.x);
   NC_CHECK(c.w.rank == 4 && c.w.dtype == DType::kInt8, op,
            "w_q must be int8 [O, C / groups, KH, KW], got ", name(c.w.dtype), " ", shape(c.w));
   Conv2dInt8Shape s;
@@ -55,7 +55,8 @@ Conv2dInt8Shape shape_of(const Call& c) {
       op, "w_q must have kernel sizes from 1 to 64, got ", shape(c.w));
   NC_CHECK(c.w.sizes[1] * s.kernel_height * s.kernel_width <= 65536, op,
            "w_q must have at most 65536 weights per output channel (int32 sums), got ", shape(c.w));
-  const Window w = make_window(op, {s.kernel_height, s.kernel_width}, c.stride, c.padding, c.dilation);
+  const Window w =
+      make_window(op, {s.kernel_height, s.kernel_width}, c.stride, c.padding, c.dilation);
   s.stride_h = w.stride[0], s.stride_w = w.stride[1];
   s.padding_h = w.padding[0], s.padding_w = w.padding[1];
   s.dilation_h = w.dilation[0], s.dilation_w = w.dilation[1];
