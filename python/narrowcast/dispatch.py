@@ -142,7 +142,7 @@ def source_hash(op: str, backend: str) -> str | None:
     folders = [_folder(ROOM_OF[op]), _folder("common")]
     files = sorted({f for folder in folders for p in patterns for f in folder.glob(p)}, key=lambda f: f.name)
     if backend == "triton":
-        files.append(folders[1] / "triton_util.py")
+        files += sorted(folders[1].glob("triton_*.py"))
     if not any(f.parent == folders[0] for f in files):
         return None
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
