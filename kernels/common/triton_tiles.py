@@ -12,11 +12,9 @@ SMALL_SHARED = 99 << 10
 
 #: Rows, columns and warps of a tile for many rows, largest first. What a kernel holds in registers sets the size:
 #: one accumulator; two, or operands made in registers; operands gathered element by element, or float32.
-LARGE = ((128, 128, 8), (128, 64, 4), (64, 64, 4))
+LARGE = ((128, 128, 8), (128, 64, 8), (64, 64, 4))
 MEDIUM = ((128, 64, 8), (64, 64, 8))
 SMALL = ((64, 64, 4), (64, 32, 4))
-#: Where shared memory holds it.
-LARGEST = (128, 256, 8)
 
 
 def shared_memory(on: Tensor) -> int:
@@ -42,13 +40,13 @@ def gemm_config(
     )
 
 
-def tile_shapes(m: int, sizes: tuple, shared: int) -> tuple[tuple[int, int, int], ...]:
+def tile_shapes(m: int, sizes: tuple) -> tuple[tuple[int, int, int], ...]:
     """Rows, columns and warps, largest first, for a result of m rows."""
     rows = max(16, next_power_of_2(m))
     if rows <= 64:
         columns = (128, 64, 32) if sizes is LARGE else (64, 32)
         return tuple((rows, c, 8 if sizes is MEDIUM and rows == c == 64 else 4) for c in columns)
-    return (LARGEST, *sizes) if sizes is LARGE and shared > SMALL_SHARED else sizes
+    return sizes
 
 
 def gemm_configs(
@@ -64,7 +62,7 @@ def gemm_configs(
     if not on.is_cuda:  # the interpreter: more than one tile and step of small problems
         return [gemm_config(32, 32, depth, 4, bytes_m, bytes_n)]
     shared = shared_memory(on)
-    shapes = tile_shapes(m, SMALL if wide >= 4 else sizes, shared)
+    shapes = tile_shapes(m, SMALL if sizes is LARGE and wide >= 4 else sizes)
     tiles = [-(-m // rows) * -(-n // columns) for rows, columns, _ in shapes]
     first = next((i for i, count in enumerate(tiles) if count >= multiprocessors(on)), len(shapes) - 1)
     order = [first, *(i for i in range(len(shapes)) if i != first)]

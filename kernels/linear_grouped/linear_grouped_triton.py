@@ -7,7 +7,8 @@ rounded   activation_bits 16, x and the result in the same 16-bit dtype: w = q *
 exact     activation_bits 16 otherwise: codes are exact in x's dtype, their sums are scaled group by group in float32.
 integers  activation_bits 8: x in int8 per block, exact int32 sums, scaled block by block in float32.
 
-Few rows split K over the grid; a second kernel adds the parts in their order, so that results repeat bit for bit.
+Where tiles are fewer than multiprocessors, K is split over the grid; a second kernel adds the parts in their order,
+so that results repeat bit for bit. One or two rows: linear_grouped_few_triton.py.
 """
 
 from __future__ import annotations
@@ -21,21 +22,28 @@ from torch import Tensor
 import triton
 
 from ..common.checks import FLOATING, describe, name, require, require_device, rows_of
-from ..common.triton_tiles import LARGE, MEDIUM, float32_precision, gemm_config, gemm_configs, shape_class
+from ..common.triton_tiles import (
+    LARGE,
+    MEDIUM,
+    SMALL,
+    float32_precision,
+    gemm_config,
+    gemm_configs,
+    shape_class,
+)
 from ..common.triton_util import (
     ahead,
-    clamp,
     finish,
     inverse_of,
     is_finite,
     launch,
     multiprocessors,
-    round_half_even,
     scale_of,
     tile_of,
     tuned,
 )
 from ..linear.linear_triton import check_epilogue
+from .linear_grouped_few_triton import MOST_ROWS, codes_of, multiply_few_rows
 
 OP = "linear_grouped"
 #: Above this, quantising x once is cheaper than in every tile.
@@ -52,13 +60,6 @@ def _load_codes(at, BITS: tl.constexpr, CENTRE: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit
-def _codes_of(x, inverse):
-    """Codes -127 .. 127 of float32 values; NaN becomes 0."""
-    v = x * inverse
-    return round_half_even(clamp(tl.where(v == v, v, 0.0), -127.0, 127.0)).to(tl.int8)
-
-
-@triton.jit
 def _quantize_blocks(
     x, q, scale, total, M, K, ldx, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
@@ -72,7 +73,7 @@ def _quantize_blocks(
         tl.float32
     )
     s = scale_of(tl.max(tl.where(is_finite(values), tl.abs(values), 0.0), 2), 127.0)
-    codes = _codes_of(values, inverse_of(s)[:, :, None])
+    codes = codes_of(values, inverse_of(s)[:, :, None])
     tl.store(q + m[:, None, None] * K + k[None, :, :], codes, mask=stored[:, :, None])
     at = m[:, None] * blocks + block[None, :]
     tl.store(scale + at, s, mask=stored)
@@ -117,7 +118,7 @@ def _linear_grouped(
                 if x_scale is None:
                     values = a.to(tl.float32)
                     xs = scale_of(tl.max(tl.where(is_finite(values), tl.abs(values), 0.0), 1), 127.0)
-                    a = _codes_of(values, inverse_of(xs)[:, None])
+                    a = codes_of(values, inverse_of(xs)[:, None])
                 else:
                     xs = tl.load(x_scale + m_read * (K // PIECE) + k // PIECE)
                 part = tl.dot(a, q.T, out_dtype=tl.int32).to(tl.float32) * xs[:, None]
@@ -209,13 +210,18 @@ def linear_grouped(
     m, integers = rows.shape[0], activation_bits == 8
     rounded = not integers and x.dtype == out_dtype != torch.float32
     piece = math.gcd(group_size, 128)
+    if m <= MOST_ROWS:
+        multiply_few_rows(
+            rows, packed, scale, offset, group_size, bits, piece, bias, residual, out, epilogue, integers
+        )
+        return out
     x_scale = x_sum = None
     if integers and m > ROWS_QUANTISED_INSIDE:
         rows, x_scale, x_sum = _quantised(rows, piece)
 
     configs = gemm_configs(
         m, n, k & -k if rounded else piece, rows.element_size(), bits / 8, out.element_size(), x,
-        depth=piece if integers else 0, sizes=LARGE if rounded else MEDIUM,
+        depth=piece if integers else 0, sizes=LARGE if rounded else MEDIUM if integers else SMALL if x.dtype == torch.float32 else MEDIUM,
     )  # fmt: skip
 
     def run(config):

@@ -14,6 +14,8 @@ SHAPES = [  # m, n, k, group
     (1, 1, 32, 32),
     (1, 70, 288, 32),
     (2, 33, 512, 128),
+    (5, 33, 512, 128),
+    (1, 9, 1536, 192),
     (3, 17, 96, 32),
     (33, 5, 192, 96),
     (13, 33, 256, 64),
@@ -78,7 +80,7 @@ def test_epilogue_of_parts_and_of_wholes(activation):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("m", [5, 70])
+@pytest.mark.parametrize("m", [1, 5, 70])
 def test_integer_part_is_exact(bits, m):
     """Activations that are codes times a power of two, and unit scales: nothing rounds."""
     packed = torch.randint(0, 256, (19, 128 * bits // 8), dtype=torch.uint8)
@@ -89,7 +91,7 @@ def test_integer_part_is_exact(bits, m):
     assert torch.equal(out.double(), ref.linear_grouped(x * 0.25, *w, activation_bits=8))
 
 
-@pytest.mark.parametrize("m", [5, 70])
+@pytest.mark.parametrize("m", [4, 70])
 def test_special_activations(m):
     """A NaN counts as 0 and an infinity as the largest code; zero and tiny rows stay finite."""
     w = weight(20, 64, 32, 4)
@@ -100,6 +102,15 @@ def test_special_activations(m):
     for row in range(m):
         assert_close(out[row], expected[row], 1e-5)
     assert linear_grouped(x, *w)[0].isnan().all()
+
+
+@pytest.mark.parametrize("row", [(math.nan, 0.5), (math.inf, 0.5), (0.0, 0.0), (1e-38, 3e-39)])
+def test_special_values_of_one_row(row):
+    w = weight(20, 64, 32, 4)
+    x = torch.randn(1, 64).sign() * 1e-39
+    x[0, 3], x[0, 40] = row
+    assert_close(linear_grouped(x, *w, activation_bits=8), ref.linear_grouped(x, *w, activation_bits=8), 1e-5)
+    assert linear_grouped(x, *w)[0].isfinite().all() == math.isfinite(row[0])
 
 
 def test_one_hot_activations_decode_the_weights():
