@@ -1,4 +1,4 @@
-"""linear on GPUs: a persistent grid walks the tiles in strips that share their operands in L2.
+"""linear on GPUs: a persistent grid walks large tiles in strips that share their operands in L2.
 
 The contract is linear.h. Products of float32 are float32 products, or three TF32 ones where
 ``torch.set_float32_matmul_precision`` asks for less than "highest".
@@ -95,8 +95,10 @@ def linear(
 
     def run(config):
         tiles = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+        # Small tiles wait for memory: several of them to a multiprocessor.
+        programs = min(tiles, multiprocessors(x)) if config["BLOCK_M"] >= 64 else tiles
         launch(
-            _linear, (min(tiles, multiprocessors(x)),),
+            _linear, (programs,),
             rows, w, bias, residual, out, m, n, k, rows.stride(0), w.stride(0),
             0 if residual is None else residual.stride(0),
             activation, post_activation, float32_precision(x.dtype), k % config["BLOCK_K"] == 0,
