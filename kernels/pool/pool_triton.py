@@ -165,10 +165,11 @@ def avg_pool2d_int8(
         _in_range(x_zero_point, x_q.dtype), op,
         f"x_zero_point must be a code of x_q's dtype {name(x_q.dtype)}, got {x_zero_point}",
     )  # fmt: skip
-    as_float32 = float(torch.tensor(out_scale, dtype=torch.float64).float())
+    scale = torch.tensor(out_scale, dtype=torch.float64).float()
+    inverse = float(1 / scale)
     require(
-        out_scale >= 0 and as_float32 < 3.0e38 and (out_scale == 0) == (as_float32 == 0), op,
-        f"out_scale must be 0 (float output) or a positive float32, got {out_scale}",
+        out_scale == 0 or (scale > 0 and math.isfinite(scale) and math.isfinite(inverse)), op,
+        f"out_scale must be 0 (float output), or positive and finite, and so its inverse, got {out_scale}",
     )  # fmt: skip
     out_dtype = out_dtype or (torch.float32 if out_scale == 0 else torch.uint8)
     if out_scale == 0:
@@ -182,7 +183,6 @@ def avg_pool2d_int8(
         "out_dtype must be uint8 or int8, and out_zero_point one of its codes, "
         f"got {name(out_dtype)} and {out_zero_point}",
     )  # fmt: skip
-    inverse = float(1 / torch.tensor(out_scale, dtype=torch.float32))
     return _run(x_q, window, out_dtype, False, x_scale, x_zero_point, inverse, out_zero_point)
 
 
