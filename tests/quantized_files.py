@@ -162,7 +162,103 @@ def bnb_int8(module, rows, columns):
     return tensors, codes.float() * (scale / 127)[:, None]
 
 
+def hqq(module, rows, columns, bits=4, group=32, axis=1, dtype=torch.float16, whole_zeros=False):
+    count = rows * columns // group
+    codes = torch.randint(0, 1 << bits, (count, group) if axis else (group, count))
+    side = (count, 1) if axis else (1, count)
+    scale, zero = torch.randn(side).to(dtype), (torch.rand(side) * ((1 << bits) - 1)).to(dtype)
+    zero = zero.round() if whole_zeros else zero
+    expected = ((codes.double() - zero.double()) * scale.double()).float().reshape(rows, columns)
+    blocks = 10 if bits == 3 else 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % blocks))
+    packed = torch.zeros(padded.shape[0] // blocks, codes.shape[1], dtype=torch.int64)
+    for block in padded.chunk(blocks):
+        packed = packed << bits | block
+    tensors = {
+        "W_q": packed.to(torch.int32 if bits == 3 else torch.uint8),
+        "scale": scale,
+        "zero": zero,
+        "shape": torch.tensor([rows, columns]),
+        "nbits": torch.tensor(bits, dtype=torch.int32),
+        "group_size": torch.tensor(group, dtype=torch.int32),
+        "axis": torch.tensor(axis, dtype=torch.int32),
+        "packing": torch.tensor([ord(c) for c in f"{bits}bit_u8"], dtype=torch.uint8),
+        "quant_zero": torch.tensor(0, dtype=torch.uint8),
+    }
+    return {f"{module}.{part}": t for part, t in tensors.items()}, expected
+
+
+def torchao_metadata(module, kind, data, parts):
+    return {
+        f"metadata:{module}.weight": json.dumps({"_type": kind, "_data": data, "_tensor_data_names": parts})
+    }
+
+
+def torchao_bytes(module, rows, columns, bits=8, group=None, int8_inputs=False, asymmetric=False):
+    group = group or columns
+    low = -(1 << (bits - 1))
+    codes = torch.randint(low, -low, (rows, columns))
+    scale = torch.randn(rows, columns // group).bfloat16()
+    zero = torch.randint(low // 2, 3, scale.shape) if asymmetric else torch.zeros(scale.shape).long()
+    data = {"block_size": [1, group], "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
+    kind = "Int8Tensor"
+    if int8_inputs:
+        inputs = {"mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"}, "reduce_range": False}
+        data["act_quant_kwargs"] = {"_type": "QuantizeTensorToInt8Kwargs", "_data": inputs}
+    if bits < 8:
+        kind = "IntxUnpackedToInt8Tensor"
+        data["target_dtype"] = {"_type": "torch.dtype", "_data": f"int{bits}"}
+    tensors = {
+        f"{module}._weight_qdata": codes.to(torch.int8),
+        f"{module}._weight_scale": scale,
+        f"{module}._weight_zero_point": zero.to(torch.int8),
+    }
+    tensors |= torchao_metadata(module, kind, data, ["qdata", "scale", "zero_point"])
+    return tensors, values(codes, scale, zero, torch.arange(columns) // group)
+
+
+def _affine(codes, scale, minimum, group):
+    index = torch.arange(codes.shape[1]) // group
+    return (codes.double() * scale.double()[:, index] + minimum.double()[:, index]).float()
+
+
+def torchao_int4(module, rows, columns, group=32):
+    codes = torch.randint(-8, 8, (rows, columns))
+    scale, minimum = (torch.randn(rows, columns // group).bfloat16() for _ in range(2))
+    tensors = {
+        f"{module}._weight_qdata": (codes[:, ::2] & 15 | codes[:, 1::2] << 4).to(torch.int8),
+        f"{module}._weight_scale": scale.t(),
+        f"{module}._weight_zero_point": minimum.t(),
+    }
+    data = {"block_size": [1, group], "shape": [rows, columns]}
+    tensors |= torchao_metadata(module, "Int4Tensor", data, ["qdata", "scale", "zero_point"])
+    return tensors, _affine(codes, scale, minimum, group)
+
+
+def torchao_tiles(module, rows, columns, group=32):
+    """Lane by lane, as the kernel that packs describes itself."""
+    n, k = -(-rows // 8) * 8, -(-columns // 1024) * 1024
+    codes = torch.randint(0, 16, (n, k))
+    scale, zero = (torch.randn(n, k // group).bfloat16() for _ in range(2))
+    words = np.zeros((n // 8, k // 128, 32, 4), np.uint32)
+    table = codes.numpy()
+    for tile in np.ndindex(words.shape):
+        row = tile[0] * 8 + tile[2] // 4
+        first = tile[1] * 128 + tile[3] * 32 + tile[2] % 4 * 2
+        v = [int(table[row, first + 8 * (i // 2) + i % 2]) for i in range(8)]
+        for place, i in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            words[tile] |= np.uint32(v[i] << 4 * place)
+    tensors = {
+        f"{module}._weight_qdata": torch.from_numpy(words.view(np.int32)),
+        f"{module}._weight_scale_and_zero": torch.stack((scale, zero), -1).transpose(0, 1),
+    }
+    data = {"block_size": [1, group], "shape": [rows, columns]}
+    tensors |= torchao_metadata(module, "Int4TilePackedTo4dTensor", data, ["qdata", "scale_and_zero"])
+    return tensors, _affine(codes - 8, scale, zero, group)[:rows, :columns]
+
+
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+TORCHAO = {"quant_method": "torchao"}
 
 #: name -> (writer of one layer, quantization_config): what the damaged files and whole models are made of.
 FORMATS = {
@@ -179,14 +275,20 @@ FORMATS = {
     ),
     "nf4": (lambda m, n, k: nf4(m, n, k, nested=True), BNB),
     "bnb-int8": (lambda m, n, k: bnb_int8(m, n, k), BNB),
+    "hqq": (lambda m, n, k: hqq(m, n, k), {"quant_method": "hqq"}),
+    "torchao": (lambda m, n, k: torchao_int4(m, n, k), TORCHAO),
+    "torchao-int8": (lambda m, n, k: torchao_bytes(m, n, k, int8_inputs=True), TORCHAO),
 }
 
 
-def save(folder, tensors, settings, metadata=None, **config):
-    """A folder as Hugging Face keeps them."""
+def save(folder, tensors, settings, **config):
+    """A folder as Hugging Face keeps them. Texts named ``metadata:NAME`` go into the header of the weights."""
     folder.mkdir(exist_ok=True)
     config = {**config, "quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: t.contiguous() for name, t in tensors.items()}
-    safetensors.torch.save_file(tensors, str(folder / "model.safetensors"), metadata=metadata)
+    texts = {k.removeprefix("metadata:"): v for k, v in tensors.items() if isinstance(v, str)}
+    if texts:
+        texts["tensor_names"] = json.dumps(list(texts))
+    tensors = {name: t.contiguous() for name, t in tensors.items() if not isinstance(t, str)}
+    safetensors.torch.save_file(tensors, str(folder / "model.safetensors"), metadata=texts or None)
     return folder

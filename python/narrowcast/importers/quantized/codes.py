@@ -72,30 +72,27 @@ def with_zeros(
     codes: integers [N, K] of ``bits`` bits, signed or not; scale: [N, ceil(K / group_size)], floating point;
     zero: integers of the shape of scale, or one for all. columns: as in :class:`GroupedWeight`.
 
-    Codes minus zeros are kept where they fit (no offset, any scale exact); otherwise the zero becomes an offset
-    -zero * scale in float32, which is exact unless a float32 scale uses its last bits: then 4-bit codes take 8.
-    Only 8-bit codes with such a scale and a zero point that does not fit lose a last bit.
+    Codes minus zeros are kept where they fit (no offset); otherwise the zero becomes an offset -zero * scale in
+    float32. Our kernels round code * scale and the sum apart: both are exact for scales of up to 16 digits, all
+    float16 and bfloat16. With a longer float32 scale 4-bit codes take 8 bits, minus their zeros; only 8-bit
+    codes whose zeros do not fit lose a last bit then.
     """
     codes, scale, group_size, index = _regroup(codes.to(torch.int16), scale, group_size)
-    shifted, centre = codes, 0
     if isinstance(zero, Tensor):
         zero = zero.to(torch.int16)[:, index]
         shifted = codes - zero.repeat_interleave(group_size, 1)
     else:
         shifted = codes - zero
     low, high = _range(shifted)
-    if bits <= 4 and group_size % 2 == 0:
+    if bits <= 4 and group_size % 2 == 0 and _short(scale):
         if low >= -8 and high <= 7:
             return _make(4, group_size, shifted + 8, scale, None, columns)
-        first, _ = _range(codes)
-        centre = 8 if first < 0 else 0
-        offset = _product(-(zero + centre), scale)
-        if offset is not None:
-            return _make(4, group_size, codes + centre, scale, offset, columns)
+        centre = 8 if _range(codes)[0] < 0 else 0
+        offset = (-(zero + centre) * scale.float()).expand_as(scale)
+        return _make(4, group_size, codes + centre, scale, offset, columns)
     if low >= -128 and high <= 127:
         return _make(8, group_size, shifted, scale, None, columns)
-    first, last = _range(codes)
-    centre = 128 if last > 127 else 0
+    centre = 128 if _range(codes)[1] > 127 else 0
     offset = (centre - zero) * scale.float()
     return _make(8, group_size, codes - centre, scale, offset.expand_as(scale), columns)
 
@@ -111,9 +108,8 @@ def with_minima(
     minimum = minimum.float()[:, index]
     if bits <= 4 and group_size % 2 == 0:
         offset = minimum.double() - centre * scale.double()
-        rounded = offset.float()
-        if centre == 0 or bool((rounded.double() == offset).all()):
-            return _make(4, group_size, codes, scale, rounded, None)
+        if bool((offset.float().double() == offset).all()):
+            return _make(4, group_size, codes, scale, offset.float(), None)
     low, high = _range(codes - centre)
     if low >= -128 and high <= 127:
         return _make(8, group_size, codes - centre, scale, minimum, None)
@@ -156,11 +152,9 @@ def _regroup(codes: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Ten
     return codes, scale[:, index], size, index
 
 
-def _product(factor: Tensor | int, scale: Tensor) -> Tensor | None:
-    """factor * scale, if that and all codes * scale are exact in float32."""
-    if scale.dtype == torch.float32 and bool((scale.contiguous().view(torch.int32) & 0xFF).any()):
-        return None
-    return (factor * scale.float()).expand_as(scale)
+def _short(scale: Tensor) -> bool:
+    """Whether products of 8-bit integers by the scales are exact in float32."""
+    return scale.dtype == torch.float16 or not bool((scale.contiguous().view(torch.int32) & 0xFF).any())
 
 
 def _make(

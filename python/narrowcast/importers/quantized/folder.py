@@ -12,7 +12,7 @@ from torch import Tensor
 from narrowcast.errors import Error, FormatError, UnsupportedError
 from narrowcast.formats import GroupedWeight, Int8Weight
 
-from . import awq, bitsandbytes, compressed_tensors, gptq
+from . import awq, bitsandbytes, compressed_tensors, gptq, hqq, torchao
 from .checkpoint import Checkpoint, Settings, read_json
 
 #: quant_method -> reader.
@@ -21,6 +21,8 @@ METHODS = {
     "awq": awq.read,
     "compressed-tensors": compressed_tensors.read,
     "bitsandbytes": bitsandbytes.read,
+    "hqq": hqq.read,
+    "torchao": torchao.read,
 }
 
 
