@@ -133,7 +133,13 @@ def test_bitsandbytes_int8(tmp_path):
 def test_hqq(tmp_path, bits, dtype, whole_zeros):
     written = files.hqq("a", 8, 96, bits, dtype=dtype, whole_zeros=whole_zeros)
     native, _, expected = read(tmp_path, written, {"quant_method": "hqq"})
-    assert native.group_size == 32 and torch.equal(native.dequantize(), expected)
+    assert native.group_size == 32
+    if bits < 8 or whole_zeros:
+        assert torch.equal(native.dequantize(), expected)
+        return
+    # Codes centred on 128: the offset (128 - zero) * scale has up to 31 digits and is rounded to 24.
+    step = native.scale.float().abs().repeat_interleave(32, 1)
+    assert bool(((native.dequantize() - expected).abs() <= step * 256 * 2**-23).all())
 
 
 @pytest.mark.parametrize("columns, group, axis", [(96, 32, 0), (48, 32, 1)])

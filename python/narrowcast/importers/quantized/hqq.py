@@ -70,7 +70,8 @@ def _layer(tensors: Checkpoint, module: str) -> GroupedWeight | Tensor:
     codes, scale, zero = codes.view(shape), scale.view(shape[0], -1), zero.view(shape[0], -1).float()
     if bool((zero == zero.round()).all()) and bool((zero.abs() <= 255).all()):
         return with_zeros(codes, scale, zero.to(torch.int16), bits, size)
-    # Exact for scales and zeros of 16 bits: the product has at most 22 digits.
+    # Exact for scales and zeros of 16 bits: the product has at most 22 digits. Codes of 8 bits are centred on 128,
+    # which may round the last bit of their offset.
     return with_minima(codes, scale, -zero * scale.float(), bits, size)
 
 
