@@ -246,7 +246,7 @@ def _apply(
         if not data.calibration:
             raise ArgumentError("data must be given: static activation ranges of a CNN need pictures")
         decisions = quantize_cnn(graph, data.calibration, keep_float, progress)
-    elif model.kind in ("image", "generic") and recipe != "int8":
+    elif model.kind in ("image", "generic") and recipe not in ("int8", "native"):
         raise UnsupportedError(f"recipe {recipe} is for language models and encoders; use int8 or fp32")
     else:
         decisions = []

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import ArgumentError, Error, FormatError, UnsupportedError
+from narrowcast.formats import GroupedWeight
 from narrowcast.importers.model import Model, describe_file
 from narrowcast.importers.torch_module import export
 
+from . import quantized
 from .reader import File, Node, read
 from .table import TABLE
 
@@ -26,14 +28,21 @@ class OnnxModule(nn.Module):
     def __init__(self, file: File):
         super().__init__()
         for node in file.nodes:
-            if node.op not in TABLE:
+            if node.op not in TABLE and node.op != "MatMulNBits":
                 raise UnsupportedError(f"node {node.name!r} has the operator {node.op}, which is not known")
         constants: dict[str, Tensor] = dict(file.weights)
         self.nodes: list[Node] = []
+        #: What a constant [K, N] was dequantised from, and constants [N, K] of layers.
+        forms: dict[str, GroupedWeight | None] = {}
+        layers: dict[str, GroupedWeight] = {}
         made = 0
         # What depends on weights only is computed now: shapes stay plain numbers for torch.export.
         for node in file.nodes:
+            if node.op == "DequantizeLinear" and node.inputs[0] in file.nibbles:
+                node.attributes["four_bits"] = True
+            node = _as_layer(node, constants, forms, layers)
             if all(x is None or x in constants for x in node.inputs):
+                _remember(node, constants, forms)
                 results = _evaluate(node, file.opset, constants)
                 constants.update(results)
                 made += sum(t.nbytes for t in results.values())
@@ -50,6 +59,8 @@ class OnnxModule(nn.Module):
             if name in used and t.is_floating_point():
                 self.weights[name] = f"w{len(self.weights)}"
                 self.register_buffer(self.weights[name], t.contiguous())
+        #: Name of a weight -> what the file holds it in.
+        self.native = {own: layers[name] for name, own in self.weights.items() if name in layers}
 
     def forward(self, *inputs):
         values: dict[str, Any] = dict(self.plain)
@@ -62,6 +73,59 @@ class OnnxModule(nn.Module):
             raise UnsupportedError(f"the output {missing[0]!r} is a second result that is not computed")
         results = tuple(values[name] for name in self.results)
         return results[0] if len(results) == 1 else results
+
+
+def _remember(node: Node, constants: dict[str, Tensor], forms: dict[str, GroupedWeight | None]) -> None:
+    """Notes the form of a weight that this node makes of constants."""
+    if node.op == "DequantizeLinear" and len(node.inputs) >= 2 and None not in node.inputs[:2]:
+        forms[node.outputs[0]] = _guarded(quantized.form, node, node.inputs, constants)
+        # The same matrix, as a layer takes it that multiplies by its transpose.
+        turned = Node(node.op, node.name, node.inputs, node.outputs, {**node.attributes, "turned": True})
+        forms[f"{node.outputs[0]}.t"] = _guarded(quantized.form, turned, node.inputs, constants)
+    elif node.op == "Transpose" and node.attributes.get("perm", [1, 0]) == [1, 0] and node.inputs[0] in forms:
+        forms[node.outputs[0]] = forms[f"{node.inputs[0]}.t"]
+        forms[f"{node.outputs[0]}.t"] = forms[node.inputs[0]]
+
+
+def _as_layer(
+    node: Node,
+    constants: dict[str, Tensor],
+    forms: dict[str, GroupedWeight | None],
+    layers: dict[str, GroupedWeight],
+) -> Node:
+    """A product by a quantised constant as a layer of its own form; any other node as it is."""
+    weight, bias, own = None, None, None
+    if node.op == "MatMulNBits":
+        given = [x for x in node.inputs[1:5] if x is not None]
+        if len(node.inputs) < 3 or any(x not in constants for x in given):
+            raise UnsupportedError(f"node {node.name!r} (MatMulNBits): B and scales must be constants")
+        own = _guarded(quantized.n_bits, node, node.inputs[1:5], constants)
+        weight, bias = f"{node.name}.weight", (*node.inputs, None, None, None, None)[5]
+    elif node.op == "MatMul" and len(node.inputs) == 2:
+        weight, own = node.inputs[1], forms.get(node.inputs[1] or "")
+    elif node.op == "Gemm" and len(node.inputs) in (2, 3):
+        a = node.attributes
+        bias = (*node.inputs, None)[2]
+        plain = a.get("alpha", 1.0) == 1.0 and a.get("beta", 1.0) == 1.0 and not a.get("transA", 0)
+        if plain and (bias is None or (bias in constants and constants[bias].dim() == 1)):
+            weight = node.inputs[1]
+            own = forms.get(f"{weight}.t" if a.get("transB", 0) else weight or "")
+    if own is None or node.inputs[0] in constants:
+        return node
+    name = f"{weight} as a layer"
+    if name not in constants:
+        constants[name], layers[name] = own.dequantize(), own
+    return Node(quantized.LINEAR, node.name, [node.inputs[0], name, bias], node.outputs, {})
+
+
+def _guarded(function, node: Node, names: list[str | None], constants: dict[str, Tensor]):
+    try:
+        return function(node, [None if x is None else constants[x] for x in names])
+    except Error:
+        raise
+    except Exception as error:
+        text = str(error).partition("\n")[0]
+        raise FormatError(f"node {node.name!r} ({node.op}) cannot be evaluated: {text}") from error
 
 
 def _evaluate(node: Node, opset: int, values: dict[str, Any]) -> dict[str, Tensor]:
@@ -127,4 +191,4 @@ def load(path: str | Path, kind: str | None = None, size: dict[str, int] | None 
         )
         kind = "image" if one_image else "generic"
     config = {"architecture": "onnx", "opset": file.opset, "inputs": names, "outputs": file.outputs}
-    return Model(exported, kind, config, source=describe_file(path))
+    return Model(exported, kind, config, native=module.native, source=describe_file(path))

@@ -21,6 +21,12 @@ DTYPES = {
     9: torch.bool, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
 }  # fmt: skip
 
+#: Four bits, two to a byte, the first one low: unsigned and signed.
+_NIBBLES = {21: torch.uint8, 22: torch.int8}
+
+#: Operators of com.microsoft that are known, by the names they have here.
+_CONTRIBUTED = ("MatMulNBits", "QuantizeLinear", "DequantizeLinear")
+
 # Where a tensor keeps its values when they are not raw bytes.
 _FIELDS = {1: "float_data", 7: "int64_data", 11: "double_data"}
 
@@ -43,6 +49,8 @@ class File:
     opset: int
     nodes: list[Node]
     weights: dict[str, Tensor]
+    #: Names of the weights that are codes of four bits, each in a byte here.
+    nibbles: set[str]
     #: name -> (dtype, sizes: an int, or the name of a dynamic size).
     inputs: dict[str, tuple[torch.dtype, list[int | str]]]
     outputs: list[str]
@@ -86,7 +94,8 @@ def read(path: Path) -> File:
     nodes = []
     for n in graph.node:
         name = n.name or (n.output[0] if n.output else n.op_type)
-        if n.domain not in ("", "ai.onnx"):
+        known_here = n.domain == "com.microsoft" and n.op_type in _CONTRIBUTED
+        if n.domain not in ("", "ai.onnx") and not known_here:
             raise UnsupportedError(f"{path.name}: node {name!r} is {n.domain}.{n.op_type}, not known here")
         missing = [x for x in n.input if x and x not in known]
         if missing:
@@ -101,7 +110,8 @@ def read(path: Path) -> File:
     for name in outputs:
         if name not in known:
             raise FormatError(f"{path.name}: the output {name!r} is never made")
-    return File(opset, nodes, weights, inputs, outputs)
+    nibbles = {t.name for t in graph.initializer if t.data_type in _NIBBLES}
+    return File(opset, nodes, weights, nibbles, inputs, outputs)
 
 
 def _define(weights: dict[str, Tensor], name: str, path: Path) -> None:
@@ -114,6 +124,8 @@ def tensor(t, file: str, folder: Path | None) -> Tensor:
     dims = list(t.dims)
     if len(dims) > MAX_RANK or not all(0 <= d <= MAX_DIM for d in dims):
         raise FormatError(f"{file}: {t.name!r} has the impossible shape {dims}")
+    if t.data_type in _NIBBLES:
+        return _nibbles(t, file, folder, dims)
     if t.data_type not in DTYPES:
         raise UnsupportedError(f"{file}: {t.name!r} has the data type {t.data_type}, which is not known")
     dtype = DTYPES[t.data_type]
@@ -135,6 +147,22 @@ def tensor(t, file: str, folder: Path | None) -> Tensor:
     if expected == 0:
         return torch.empty(dims, dtype=dtype)
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(dims)
+
+
+def _nibbles(t, file: str, folder: Path | None, dims: list[int]) -> Tensor:
+    count = math.prod(dims)
+    expected = (count + 1) // 2
+    if t.data_location == 1:
+        raw = _external(t, file, folder, expected)
+    else:
+        raw = t.raw_data if t.HasField("raw_data") else bytes(v & 255 for v in t.int32_data)
+    if len(raw) != expected:
+        raise FormatError(f"{file}: {t.name!r} has {len(raw)} bytes, its shape {dims} needs {expected}")
+    if not count:
+        return torch.empty(dims, dtype=_NIBBLES[t.data_type])
+    packed = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten()[:count].reshape(dims)
+    return codes if t.data_type == 21 else ((codes ^ 8) - 8).view(torch.int8)
 
 
 def _external(t, file: str, folder: Path | None, expected: int) -> bytes:
