@@ -205,7 +205,8 @@ class Ahead:
     """A specialisation that ``tools/gates.py triton`` compiles for sm_80, sm_90 and sm_100.
 
     arguments: name -> type ("*fp16", "i32", "fp32"; "i32:16" for a multiple of 16) or the value of a constant. Pointers are
-    taken to be multiples of 16. tensor_cores: such an instruction must appear. registers: the most a thread may use.
+    taken to be multiples of 16. tensor_cores: such an instruction must appear. registers: the most a thread may use. architectures:
+    where its tile is used.
     """
 
     kernel: Any
@@ -216,6 +217,7 @@ class Ahead:
     wide_loads: bool = False
     registers: int = 255
     fp_fusion: bool = False
+    architectures: tuple[int, ...] = (80, 90, 100)
 
     def is_type(self, value: Any) -> bool:
         return isinstance(value, str) and _TYPE.match(value) is not None
