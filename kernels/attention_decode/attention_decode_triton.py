@@ -198,9 +198,9 @@ def decode_kernel(
     )  # fmt: skip
 
     target = b64 * out_batch + head64 * out_head + query.to(tl.int64) * out_row
-    if parts is None:  # known when compiled: not one condition with the next
+    if parts is None:  # noqa: SIM114  (known when compiled: not one condition with the next)
         store_rows(out, target, sums, total, valid, D, 0, WIDTH)
-    elif chunks == 1:  # noqa: SIM114
+    elif chunks == 1:
         store_rows(out, target, sums, total, valid, D, 0, WIDTH)
     else:
         slot = ((b64 * kv_heads + kv_head) * rows + r) * chunk_count + chunk

@@ -1,0 +1,365 @@
+"""attention_int8 in Triton: scores from int8 products of q and centred keys, then as attention_triton.py.
+
+Three kernels: partial sums of the keys (always PARTS per sequence and head, so that the mean does not depend
+on the batch), the codes of the keys, and attention itself, which makes the codes of its rows of q as it
+starts. The int32 scores become float32 by an addition: |q^ . k^| <= 127 * 127 * 256 < 2^22.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+import triton
+
+from ..attention.attention_checks import Attention, attention_arguments
+from ..attention.attention_triton import (
+    LOG2E,
+    NOTHING,
+    arch_of,
+    blocks_of,
+    constants,
+    keep_apart,
+    key_span,
+    load,
+    place,
+    seen,
+    shapes_ahead,
+    start_softmax,
+    store_rows,
+    tanh,
+    tiles_for,
+    widths,
+)
+from ..common.triton_util import ahead, codes, inverse_of, is_finite, launch, scale_of
+
+#: Pieces of a sequence whose keys are added up apart; keys of a program of the quantiser.
+PARTS, KEYS = tl.constexpr(16), tl.constexpr(64)
+
+
+@triton.jit
+def sum_kernel(
+    k, cu_k, sums, k_batch, k_head, k_row, kv_heads, sk,
+    D: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """sums float32 [B, Hkv, PARTS, D]: of the finite keys of a piece."""
+    pid = tl.program_id(0)
+    part, rest = pid % PARTS, pid // PARTS
+    b, kv_head = rest // kv_heads, rest % kv_heads
+    first, length = sk * 0, sk
+    if PACKED:
+        first = tl.minimum(tl.maximum(tl.load(cu_k + b), 0), sk)
+        length = tl.minimum(tl.maximum(tl.load(cu_k + b + 1), first), sk) - first
+    size = tl.cdiv(tl.cdiv(length, PARTS), KEYS) * KEYS
+    k += b.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head + first.to(tl.int64) * k_row
+    d = tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    for start in range(part * size, tl.minimum(part * size + size, length), KEYS):
+        row = start + tl.arange(0, KEYS)
+        inside = (row < length)[:, None] & (d < D)[None, :]
+        x = tl.load(k + row.to(tl.int64)[:, None] * k_row + d[None, :], mask=inside, other=0.0)
+        x = x.to(tl.float32)
+        total += tl.sum(tl.where(is_finite(x), x, 0.0), 0)
+    tl.store(sums + pid.to(tl.int64) * D + d, total, mask=d < D)
+
+
+@triton.jit
+def key_kernel(
+    k, cu_k, cu_q, sums, key_codes, key_scales, means, k_batch, k_head, k_row, batch, kv_heads, sq, sk, total,
+    D: tl.constexpr, WIDTH: tl.constexpr, STORED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """key_codes int8 [Hkv, total, STORED], zeros behind D; key_scales [Hkv, total]; means [B, Hkv, D]."""
+    b, kv_head, row0, k0, q0, keys, queries = place(
+        cu_k, cu_q, batch, kv_heads, sk, sq, 1, KEYS, PACKED, False
+    )
+    if row0 >= keys:
+        return
+    b64, kv64 = b.to(tl.int64), kv_head.to(tl.int64)
+    d, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
+    at = (b64 * kv_heads + kv64) * D
+    pieces = sums + at * PARTS + part[:, None] * D + d[None, :]
+    mean = tl.sum(tl.load(pieces, mask=(d < D)[None, :], other=0.0), 0)
+    mean = tl.div_rn(mean, keys.to(tl.float32) + tl.zeros_like(mean))
+    mean = tl.where(is_finite(mean), mean, 0.0)
+    if row0 == 0:
+        tl.store(means + at + d, mean, mask=d < D)
+    row = row0 + tl.arange(0, KEYS)
+    inside = (row < keys)[:, None] & (d < D)[None, :]
+    row = (k0 + row).to(tl.int64)
+    x = tl.load(k + b64 * k_batch + kv64 * k_head + row[:, None] * k_row + d[None, :], mask=inside, other=0.0)
+    x = tl.where(inside, x.to(tl.float32) - mean[None, :], 0.0)
+    code, scale = row_codes(x)
+    if not PACKED:
+        row += b64 * sk
+    row += kv64 * total
+    valid = row0 + tl.arange(0, KEYS) < keys
+    stored = valid[:, None] & (d < STORED)[None, :]
+    tl.store(key_codes + row[:, None] * STORED + d[None, :], code, mask=stored)
+    tl.store(key_scales + row, scale, mask=valid)
+
+
+@triton.jit
+def row_codes(x):
+    """Codes of float32 rows and their scales; a row that is not finite: zeros, and NaN for its scale."""
+    finite = tl.min(is_finite(x).to(tl.int32), 1) > 0
+    scale = scale_of(tl.max(tl.where(is_finite(x), tl.abs(x), 0.0), 1), 127.0)
+    code = tl.where(finite[:, None], codes(x * inverse_of(scale)[:, None], 0, -127, 127), 0)
+    return code.to(tl.int8), tl.where(finite, scale, float("nan"))
+
+
+@triton.jit
+def _tiles(
+    sums, sums_tail, m, total, q, q_tail, q_factor, back, k, k_scales, v, bias, bias_rows, valid, positions,
+    length, window, v_row, bias_key, cap, begin, middle, resume, end,
+    DV: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr, BACK: tl.constexpr, MASKED: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
+    """Goes on over the keys begin .. middle and resume .. end."""
+    d, dv, lane = tl.arange(0, MAIN), tl.arange(0, V_MAIN), tl.arange(0, BLOCK_N)
+    before = (middle - begin) // BLOCK_N
+    for i in range(0, before + tl.cdiv(end - resume, BLOCK_N)):
+        start = begin + i * BLOCK_N
+        if MASKED:
+            start = tl.where(i < before, start, resume + (i - before) * BLOCK_N)
+        start = tl.multiple_of(start, BLOCK_N)
+        keys = start + lane
+        inside = keys < length
+        at = k + start.to(tl.int64) * (MAIN + TAIL) + lane[None, :] * (MAIN + TAIL) + d[:, None]
+        product = tl.dot(q, load(at, inside[None, :], inside[None, :], MASKED, False), out_dtype=tl.int32)
+        if TAIL > 0:
+            at = k + start.to(tl.int64) * (MAIN + TAIL) + lane[None, :] * (MAIN + TAIL)
+            at += MAIN + tl.arange(0, TAIL)[:, None]
+            part = load(at, inside[None, :], inside[None, :], MASKED, False)
+            product = tl.dot(q_tail, part, product, out_dtype=tl.int32)
+        s = (product + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+        s *= load(k_scales + keys, inside, inside, MASKED, False)[None, :]
+        factor = q_factor
+        if BACK or BIAS:
+            s *= factor[:, None]
+            if BACK:
+                s += back[:, None]
+            if SOFTCAP:
+                s = cap * tanh(s / cap)
+            if BIAS:
+                pointers = bias + bias_rows[:, None] + keys.to(tl.int64)[None, :] * bias_key
+                added = tl.load(pointers, mask=valid[:, None] & inside[None, :], other=0.0)
+                s += added.to(tl.float32) * LOG2E
+            factor = tl.where(valid, 1.0, 1.0)
+        if MASKED:
+            s = tl.where(seen(positions, keys, length, window, CAUSAL, WINDOW), s, NOTHING)
+        top = tl.maximum(m, tl.max(s, 1) * factor)
+        base = tl.where(top == NOTHING, 0.0, top)
+        p = tl.exp2(s * factor[:, None] - base[:, None])
+        older = tl.exp2(m - base)
+        m, total = top, total * older + tl.sum(p, 1)
+        at = v + start.to(tl.int64) * v_row + lane[:, None] * v_row
+        part = load(at + dv[None, :], inside[:, None], (dv < DV)[None, :], MASKED, V_MAIN > DV)
+        weights = p
+        if GUARD:
+            weights, part = keep_apart(p, s, part)
+        sums = tl.dot(weights.to(part.dtype), part, sums * older[:, None], input_precision="ieee")
+        if V_TAIL > 0:
+            dv_tail = V_MAIN + tl.arange(0, V_TAIL)
+            part = load(
+                at + dv_tail[None, :], inside[:, None], (dv_tail < DV)[None, :], MASKED, V_MAIN + V_TAIL > DV
+            )
+            weights = p
+            if GUARD:
+                weights, part = keep_apart(p, s, part)
+            sums_tail = tl.dot(
+                weights.to(part.dtype), part, sums_tail * older[:, None], input_precision="ieee"
+            )
+    return sums, sums_tail, m, total
+
+
+@triton.jit
+def attention_int8_kernel(
+    q, key_codes, key_scales, means, v, bias, sinks, cu_q, cu_k, out,
+    q_batch, q_head, q_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    bias_batch, bias_head, bias_query, bias_key, batch, kv_heads, sq, sk, total_keys, scale, cap, window,
+    D: tl.constexpr, DV: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, V_MAIN: tl.constexpr,
+    V_TAIL: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+):  # fmt: skip
+    b, kv_head, row0, q0, k0, queries, keys = place(
+        cu_q, cu_k, batch, kv_heads, sq, sk, GROUP, BLOCK_M, PACKED, CAUSAL
+    )
+    rows = queries * GROUP
+    if row0 >= rows:
+        return
+    b = b.to(tl.int64)
+    r = row0 + tl.arange(0, BLOCK_M)
+    valid = r < rows
+    query, head = r // GROUP, kv_head * GROUP + r % GROUP
+    row = (q0 + query).to(tl.int64)
+    positions = query + (keys - queries)
+    head64, kv64 = head.to(tl.int64), kv_head.to(tl.int64)
+    BACK: tl.constexpr = SOFTCAP or SINKS  # what sees the part of the mean, which softmax does not
+
+    at = q + b * q_batch + (row * q_row + head64 * q_head)[:, None]
+    mean_at = means + (b * kv_heads + kv64) * D
+    d = tl.arange(0, MAIN)
+    x = load(at + d[None, :], valid[:, None], (d < D)[None, :], True, MAIN > D).to(tl.float32) * scale
+    wild = tl.max((is_finite(x) == 0).to(tl.int32), 1)
+    largest = tl.max(tl.where(is_finite(x), tl.abs(x), 0.0), 1)
+    back = tl.zeros([BLOCK_M], tl.float32)
+    has_mean = keys > 0
+    if BACK:
+        back = tl.sum(x * tl.load(mean_at + d, mask=(d < D) & has_mean, other=0.0)[None, :], 1)
+    x_tail = x
+    if TAIL > 0:
+        d_tail = MAIN + tl.arange(0, TAIL)
+        x_tail = load(at + d_tail[None, :], valid[:, None], (d_tail < D)[None, :], True, MAIN + TAIL > D)
+        x_tail = x_tail.to(tl.float32) * scale
+        wild = tl.maximum(wild, tl.max((is_finite(x_tail) == 0).to(tl.int32), 1))
+        largest = tl.maximum(largest, tl.max(tl.where(is_finite(x_tail), tl.abs(x_tail), 0.0), 1))
+        if BACK:
+            mean = tl.load(mean_at + d_tail, mask=(d_tail < D) & has_mean, other=0.0)
+            back += tl.sum(x_tail * mean[None, :], 1)
+    q_scale = scale_of(largest, 127.0)
+    inverse = inverse_of(q_scale)[:, None]
+    q_main = codes(x * inverse, 0, -127, 127).to(tl.int8)
+    q_tail = q_main
+    if TAIL > 0:
+        q_tail = codes(x_tail * inverse, 0, -127, 127).to(tl.int8)
+    q_factor = tl.where(wild > 0, float("nan"), q_scale) * LOG2E
+    back *= LOG2E
+
+    key0 = kv64 * total_keys + k0
+    if not PACKED:
+        key0 += b * sk
+    k = key_codes + key0 * (MAIN + TAIL)
+    k_scales = key_scales + key0
+    v += b * v_batch + kv64 * v_head + k0.to(tl.int64) * v_row
+    bias_rows = b * bias_batch + head64 * bias_head + query.to(tl.int64) * bias_query
+    first = row0 // GROUP + keys - queries
+    last = (tl.minimum(row0 + BLOCK_M, rows) - 1) // GROUP + keys - queries
+    begin, end, inner, outer = key_span(first, last, keys, window, CAUSAL, WINDOW, BLOCK_N)
+
+    m, total = start_softmax(sinks, tl.where(valid, head, 0), SINKS, BLOCK_M)
+    sums = tl.zeros([BLOCK_M, V_MAIN], tl.float32)
+    sums_tail = tl.zeros([BLOCK_M, V_TAIL if V_TAIL > 0 else 16], tl.float32)
+    sums, sums_tail, m, total = _tiles(
+        sums, sums_tail, m, total, q_main, q_tail, q_factor, back, k, k_scales, v, bias, bias_rows, valid,
+        positions, keys, window, v_row, bias_key, cap, inner, outer, outer, outer,
+        DV, MAIN, TAIL, V_MAIN, V_TAIL, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, BIAS, BACK, False, BIAS,
+    )  # fmt: skip
+    sums, sums_tail, m, total = _tiles(
+        sums, sums_tail, m, total, q_main, q_tail, q_factor, back, k, k_scales, v, bias, bias_rows, valid,
+        positions, keys, window, v_row, bias_key, cap, begin, inner, outer, end,
+        DV, MAIN, TAIL, V_MAIN, V_TAIL, EDGE_N, CAUSAL, WINDOW, SOFTCAP, BIAS, BACK, True,
+        CAUSAL or WINDOW or BIAS,
+    )  # fmt: skip
+    at = b * out_batch + row * out_row + head64 * out_head
+    store_rows(out, at, sums, total, valid, DV, 0, V_MAIN)
+    if V_TAIL > 0:
+        store_rows(out, at, sums_tail, total, valid, DV, V_MAIN, V_TAIL)
+
+
+def quantize_keys(a: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [Hkv, keys, stored depth], scales float32 [Hkv, keys], means float32 [B, Hkv, D]."""
+    packed, (main, tail) = a.cu_q is not None, widths(a.depth, 32)
+    total = a.sk if packed else a.batch * a.sk
+    key_codes = a.k.new_empty((a.kv_heads, total, main + tail), dtype=torch.int8)
+    key_scales = a.k.new_empty((a.kv_heads, total), dtype=torch.float32)
+    means = a.k.new_empty((a.batch, a.kv_heads, a.depth), dtype=torch.float32)
+    if key_scales.numel() == 0:
+        return key_codes, key_scales, means
+    sums = a.k.new_empty((a.batch, a.kv_heads, PARTS.value, a.depth), dtype=torch.float32)
+    width = triton.next_power_of_2(main + tail)
+    warps = 16 if width > 128 else 4
+    launch(
+        sum_kernel, (a.batch * a.kv_heads * PARTS.value,), a.k, a.cu_k, sums, *a.strides(a.k), a.kv_heads, a.sk,
+        on=a.k, D=a.depth, WIDTH=width, PACKED=packed, num_warps=warps,
+    )  # fmt: skip
+    blocks = a.sk // KEYS.value + a.batch if packed else a.batch * triton.cdiv(a.sk, KEYS.value)
+    launch(
+        key_kernel, (blocks * a.kv_heads,), a.k, a.cu_k, a.cu_q, sums, key_codes, key_scales, means,
+        *a.strides(a.k), a.batch, a.kv_heads, a.sq, a.sk, total,
+        on=a.k, D=a.depth, WIDTH=width, STORED=main + tail, PACKED=packed, num_warps=warps,
+    )  # fmt: skip
+    return key_codes, key_scales, means
+
+
+def attention_int8(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None,
+    causal: bool = False, window: int = 0, softcap: float = 0.0, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    a = attention_arguments(
+        "attention_int8", q, k, v, bias, scale, causal, window, softcap, cu_seqlens_q, cu_seqlens_k, sinks
+    )
+    out = a.q.new_empty((*a.q.shape[:-1], a.v_depth))
+    if out.numel() == 0:
+        return out
+    keys = quantize_keys(a)
+    tile = int8_tiles_for(a, arch_of(a.q))
+    launch(
+        attention_int8_kernel, (blocks_of(a, tile["BLOCK_M"]) * a.kv_heads,),
+        a.q, *keys, a.v, a.bias, a.sinks, a.cu_q, a.cu_k, out,
+        *a.strides(a.q), *a.strides(a.v), *a.strides(out), *a.bias_strides(),
+        a.batch, a.kv_heads, a.sq, a.sk, keys[1].shape[1], a.scale, a.softcap * LOG2E.value, a.window,
+        on=a.q, **constants(a, 32), enable_fp_fusion=True, **tile,
+    )  # fmt: skip
+    return out
+
+
+def int8_tiles_for(a: Attention, arch: int) -> dict:
+    """Those of attention, but for rows of q, which are held in float32 while their codes are made."""
+    tile = tiles_for(a, arch)
+    if tile["num_warps"] == 8 and (a.bias is not None or max(a.depth, a.v_depth) > 128):
+        tile["BLOCK_M"] = min(tile["BLOCK_M"], 64)
+    return tile
+
+
+def _ahead(arch: int, dtype: str, depth: int, rows: int = 512, **options):
+    a = shapes_ahead(dtype, depth, rows, "bias" in options)
+    tile = int8_tiles_for(a, arch)
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    names = attention_int8_kernel.arg_names
+    arguments = dict.fromkeys(names[names.index("q_batch") : names.index("batch")], "i32:16")
+    arguments |= dict.fromkeys(names[names.index("batch") : names.index("D")], "i32")
+    arguments |= dict.fromkeys(("q", "v", "out"), f"*{dtype}") | {"scale": "fp32", "cap": "fp32"}
+    arguments |= {"key_codes": "*i8", "key_scales": "*fp32", "means": "*fp32"}
+    arguments |= dict.fromkeys(("bias", "sinks", "cu_q", "cu_k"))
+    return ahead(
+        attention_int8_kernel, arguments | constants(a, 32) | tile | options, num_warps=warps,
+        num_stages=stages, fp_fusion=True, tensor_cores=True, wide_loads=True,
+        architectures=(80,) if arch < 90 else (90, 100),
+    )  # fmt: skip
+
+
+def _keys_ahead(dtype: str, depth: int, packed: bool):
+    main, tail = widths(depth, 32)
+    width = triton.next_power_of_2(main + tail)
+    strides = dict.fromkeys(("k_batch", "k_head", "k_row"), "i32:16")
+    shared = {"k": f"*{dtype}", "cu_k": "*i32" if packed else None, "sums": "*fp32", "PACKED": packed}
+    shared |= strides | {"kv_heads": "i32", "sk": "i32", "D": depth, "WIDTH": width}
+    rest = {"cu_q": "*i32" if packed else None, "key_codes": "*i8", "key_scales": "*fp32", "means": "*fp32"}
+    rest |= dict.fromkeys(("batch", "sq", "total"), "i32") | {"STORED": main + tail}
+    warps = 16 if width > 128 else 4
+    return ahead(sum_kernel, shared, num_warps=warps), ahead(
+        key_kernel, shared | rest, num_warps=warps, wide_loads=True
+    )
+
+
+_EVERYTHING = {"bias": "*fp16", "sinks": "*fp32", "WINDOW": True, "SOFTCAP": True, "SINKS": True}
+_PACKED = {"cu_q": "*i32", "cu_k": "*i32", "PACKED": True}
+AOT = [
+    _ahead(arch, dtype, depth, **options)
+    for arch in (80, 90)
+    for dtype, depth, options in (
+        ("fp16", 64, {}),
+        ("bf16", 128, _PACKED),
+        ("bf16", 80, {}),
+        ("fp16", 96, {}),
+        ("fp16", 256, {}),
+        ("fp16", 128, _EVERYTHING),
+        ("bf16", 128, {"rows": 4}),
+        ("fp32", 64, {}),
+        ("fp32", 128, {}),
+    )
+] + [*_keys_ahead("bf16", 128, True), *_keys_ahead("fp16", 80, False), *_keys_ahead("fp32", 256, False)]
