@@ -23,6 +23,8 @@ from .attention_checks import Attention, attention_arguments
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(float("-inf"))
+#: Sizes that are not compiled in: neither a variant for multiples of 16, nor a constant where one is 1.
+SIZES = ["batch", "kv_heads", "sq", "sk", "window"]
 
 
 def widths(depth: int, least: int = 16) -> tuple[int, int]:
@@ -221,7 +223,7 @@ def _tiles(
     return sums, sums_tail, m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_kernel(
     q, k, v, bias, sinks, cu_q, cu_k, out, lse,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,

@@ -45,6 +45,8 @@ from ..common.triton_util import ahead, launch, next_power_of_2
 
 #: Keys of a chunk, doubled until a sequence has at most so many chunks.
 CHUNK, MOST_CHUNKS = tl.constexpr(256), tl.constexpr(64)
+#: As SIZES of attention_triton.py.
+SIZES = ["kv_heads", "queries", "capacity", "pages", "table_width", "chunk_count", "window"]
 #: Rows per K/V head up to which a sequence is split.
 SPLIT_ROWS = 64
 
@@ -118,7 +120,7 @@ def _tiles(
     return sums, m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
     q, k, v, k_scale, v_scale, lengths, table, sinks, out, parts, tops,
     q_batch, q_head, q_row, k_outer, k_head, k_slot, v_outer, v_head, v_slot,
@@ -209,7 +211,7 @@ def decode_kernel(
         tl.store(tops + slot * 2 + 1, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "queries", "capacity", "chunk_count", "window"])
 def merge_kernel(
     parts, tops, lengths, sinks, out, out_batch, out_head, out_row,
     kv_heads, queries, capacity, chunk_count, window,

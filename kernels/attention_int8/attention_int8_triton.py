@@ -17,6 +17,7 @@ from ..attention.attention_checks import Attention, attention_arguments
 from ..attention.attention_triton import (
     LOG2E,
     NOTHING,
+    SIZES,
     arch_of,
     blocks_of,
     constants,
@@ -38,7 +39,7 @@ from ..common.triton_util import ahead, codes, inverse_of, is_finite, launch, sc
 PARTS, KEYS = tl.constexpr(16), tl.constexpr(64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "sk"])
 def sum_kernel(
     k, cu_k, sums, k_batch, k_head, k_row, kv_heads, sk,
     D: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
@@ -64,7 +65,7 @@ def sum_kernel(
     tl.store(sums + pid.to(tl.int64) * D + d, total, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "kv_heads", "sq", "sk", "total"])
 def key_kernel(
     k, cu_k, cu_q, sums, key_codes, key_scales, means, k_batch, k_head, k_row, batch, kv_heads, sq, sk, total,
     D: tl.constexpr, WIDTH: tl.constexpr, STORED: tl.constexpr, PACKED: tl.constexpr,
@@ -174,7 +175,7 @@ def _tiles(
     return sums, sums_tail, m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "total_keys"])
 def attention_int8_kernel(
     q, key_codes, key_scales, means, v, bias, sinks, cu_q, cu_k, out,
     q_batch, q_head, q_row, v_batch, v_head, v_row, out_batch, out_head, out_row,

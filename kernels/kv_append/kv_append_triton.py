@@ -33,7 +33,7 @@ def _put(x, cache, scale, findings, at, scale_at, inside, rows):
     tl.store(cache + at, x.to(cache.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads", "length", "capacity", "pages", "table_width", "table_rows"])
 def append_kernel(
     k, v, k_cache, v_cache, k_scale, v_scale, cos, sin, start, table, findings,
     k_batch, k_head, k_token, v_batch, v_head, v_token, kc_outer, kc_head, kc_slot, vc_outer, vc_head,
