@@ -32,9 +32,10 @@ def linear_grouped(
     packed: uint8 [N, K * bits / 8]; 4 bits: low nibble at even k; 8 bits: int8 values.
     scale, offset: float32 or float16 [N, K / group_size]; group_size is a multiple of 32.
     bias: floating point [N]; residual: floating point [..., N].
-    activation_bits: 16 keeps x in floating point (products and sums in float32, whatever its dtype);
-        8 quantises x inside to symmetric int8 per gcd(group_size, 128) elements and multiplies
-        integers, exactly, within each such block.
+    activation_bits: with how many bits an element of x enters the products. 8: symmetric int8 per
+        gcd(group_size, 128) elements, quantised inside. 16: 16 bits, on a CPU symmetric int16 per row,
+        whatever the dtype of x, which is closer than float16 would be; a row with a NaN or an infinity
+        gives NaN. Both multiply integers, exactly. 32: float32 products and sums.
     out_dtype: of x unless said.
     Returns [..., N].
 

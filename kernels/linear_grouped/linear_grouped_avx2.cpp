@@ -4,7 +4,8 @@
 // activation_bits 8: 4-bit codes times int8 in vpmaddubsw cannot saturate (2 * 15 * 127). 8-bit
 // codes are split,
 //   code = 2 * (code >> 1) + (code & 1), so that neither product can: 2 * 127 * 127 < 2^15.
-// activation_bits 16: codes become floats by shift, mask and conversion.
+// activation_bits 16: the same for the upper and then for the lower bytes of x.
+// activation_bits 32: codes become floats by shift, mask and conversion.
 #include <immintrin.h>
 
 #include "common/vec_avx2.h"
@@ -28,9 +29,10 @@ inline __m256i broadcast4(const int8_t* p) {
   return _mm256_set1_epi32(v);
 }
 
-template <int M, int Bits>
-void tile8(const GroupedLayout& l, const uint8_t* panel, int half, const GroupedTile& x, int first,
-           float* acc, int64_t ld) {
+// Parts: bytes of an x.
+template <int M, int Bits, int Parts>
+void tile_integer(const GroupedLayout& l, const uint8_t* panel, int half, const GroupedTile& x,
+                  int first, float* acc, int64_t ld) {
   const uint8_t* scales = panel + l.code_bytes;
   const int64_t blocks = l.k / l.block;
   const __m256i low = _mm256_set1_epi8(15), one8 = _mm256_set1_epi8(1),
@@ -39,38 +41,49 @@ void tile8(const GroupedLayout& l, const uint8_t* panel, int half, const Grouped
   const __m256 centre = _mm256_set1_ps(Bits == 4 ? 8.0f : 0.0f);
   __m256 y[M];
   for (int m = 0; m < M; ++m) y[m] = _mm256_setzero_ps();
-  const uint8_t* codes = panel + half * 32;
-  const int8_t* xq = x.xq + 4 * first;
   for (int64_t b = 0; b < blocks; ++b) {
     __m256i sum[M];
-    for (int m = 0; m < M; ++m) sum[m] = _mm256_set1_epi32(x.start[b * x.ld + first + m]);
-    for (int64_t k = 0; k < l.block;
-         k += Bits == 4 ? 8 : 4, codes += 64, xq += (Bits == 4 ? 8 : 4) * x.ld) {
-      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-      if (Bits == 4) {
-        const __m256i even = _mm256_and_si256(v, low),
-                      odd = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
-        for (int m = 0; m < M; ++m) {
-          const __m256i products =
-              _mm256_add_epi16(_mm256_maddubs_epi16(even, broadcast4(xq + 4 * m)),
-                               _mm256_maddubs_epi16(odd, broadcast4(xq + 4 * x.ld + 4 * m)));
-          sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(products, one16));
-        }
-      } else {
-        const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(v, 1), seven),
-                      bit = _mm256_and_si256(v, one8);
-        for (int m = 0; m < M; ++m) {
-          const __m256i xs = broadcast4(xq + 4 * m);
-          const __m256i twice = _mm256_madd_epi16(_mm256_maddubs_epi16(upper, xs), two16);
-          const __m256i once = _mm256_madd_epi16(_mm256_maddubs_epi16(bit, xs), one16);
-          sum[m] = _mm256_add_epi32(sum[m], _mm256_add_epi32(twice, once));
+    for (int m = 0; m < M; ++m)
+      sum[m] =
+          Parts == 2 ? _mm256_setzero_si256() : _mm256_set1_epi32(x.start[b * x.ld + first + m]);
+    for (int part = 0; part < Parts; ++part) {
+      const uint8_t* codes = panel + half * 32 + b * l.block * Bits * 2;
+      const int8_t* xq = (part ? x.xl : x.xq) + b * l.block * x.ld + 4 * first;
+      if (part)
+        for (int m = 0; m < M; ++m)
+          sum[m] = _mm256_add_epi32(_mm256_slli_epi32(sum[m], 8),
+                                    _mm256_set1_epi32(x.start[b * x.ld + first + m]));
+      for (int64_t k = 0; k < l.block;
+           k += Bits == 4 ? 8 : 4, codes += 64, xq += (Bits == 4 ? 8 : 4) * x.ld) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+        if (Bits == 4) {
+          const __m256i even = _mm256_and_si256(v, low),
+                        odd = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+          for (int m = 0; m < M; ++m) {
+            const __m256i products =
+                _mm256_add_epi16(_mm256_maddubs_epi16(even, broadcast4(xq + 4 * m)),
+                                 _mm256_maddubs_epi16(odd, broadcast4(xq + 4 * x.ld + 4 * m)));
+            sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(products, one16));
+          }
+        } else {
+          const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(v, 1), seven),
+                        bit = _mm256_and_si256(v, one8);
+          for (int m = 0; m < M; ++m) {
+            const __m256i xs = broadcast4(xq + 4 * m);
+            const __m256i twice = _mm256_madd_epi16(_mm256_maddubs_epi16(upper, xs), two16);
+            const __m256i once = _mm256_madd_epi16(_mm256_maddubs_epi16(bit, xs), one16);
+            sum[m] = _mm256_add_epi32(sum[m], _mm256_add_epi32(twice, once));
+          }
         }
       }
     }
     const __m256 scale = scales8(l, scales, b, half);
-    for (int m = 0; m < M; ++m)
-      y[m] = _mm256_fmadd_ps(_mm256_set1_ps(x.xs[b * x.ld + first + m]),
-                             _mm256_mul_ps(scale, _mm256_cvtepi32_ps(sum[m])), y[m]);
+    for (int m = 0; m < M; ++m) {
+      const __m256 value = _mm256_cvtepi32_ps(sum[m]);
+      y[m] = Parts == 2 ? _mm256_fmadd_ps(scale, value, y[m])
+                        : _mm256_fmadd_ps(_mm256_set1_ps(x.xs[b * x.ld + first + m]),
+                                          _mm256_mul_ps(scale, value), y[m]);
+    }
     if (l.has_offset) {
       const __m256 offset =
           _mm256_fmadd_ps(centre, scale, scales8(l, scales + l.scale_bytes, b, half));
@@ -78,11 +91,14 @@ void tile8(const GroupedLayout& l, const uint8_t* panel, int half, const Grouped
         y[m] = _mm256_fmadd_ps(offset, _mm256_set1_ps(x.xsum[b * x.ld + first + m]), y[m]);
     }
   }
-  for (int m = 0; m < M; ++m) _mm256_storeu_ps(acc + m * ld + half * 8, y[m]);
+  for (int m = 0; m < M; ++m) {
+    if (Parts == 2) y[m] = _mm256_mul_ps(y[m], _mm256_set1_ps(x.xs[first + m]));
+    _mm256_storeu_ps(acc + m * ld + half * 8, y[m]);
+  }
 }
 
 template <int M, int Bits>
-void tile16(const GroupedLayout& l, const uint8_t* panel, int half, const GroupedTile& x, int first,
+void tile32(const GroupedLayout& l, const uint8_t* panel, int half, const GroupedTile& x, int first,
             float* acc, int64_t ld) {
   constexpr int kStep = Bits == 4 ? 8 : 4;
   const uint8_t* scales = panel + l.code_bytes;
@@ -126,7 +142,8 @@ void tile16(const GroupedLayout& l, const uint8_t* panel, int half, const Groupe
 
 using Tile = void (*)(const GroupedLayout&, const uint8_t*, int, const GroupedTile&, int, float*,
                       int64_t);
-#define TILES(tile, bits) {tile<1, bits>, tile<2, bits>, tile<3, bits>, tile<4, bits>}
+#define TILES(tile, ...) \
+  {tile<1, __VA_ARGS__>, tile<2, __VA_ARGS__>, tile<3, __VA_ARGS__>, tile<4, __VA_ARGS__>}
 
 void panel(const Tile* tiles, const GroupedLayout& l, const uint8_t* weights, const GroupedTile& x,
            float* acc, int64_t ld) {
@@ -138,13 +155,21 @@ void panel(const Tile* tiles, const GroupedLayout& l, const uint8_t* weights, co
 
 void panel8(const GroupedLayout& l, const uint8_t* weights, const GroupedTile& x, float* acc,
             int64_t ld) {
-  static constexpr Tile four[kRows] = TILES(tile8, 4), eight[kRows] = TILES(tile8, 8);
+  static constexpr Tile four[kRows] = TILES(tile_integer, 4, 1),
+                        eight[kRows] = TILES(tile_integer, 8, 1);
   panel(l.bits == 4 ? four : eight, l, weights, x, acc, ld);
 }
 
 void panel16(const GroupedLayout& l, const uint8_t* weights, const GroupedTile& x, float* acc,
              int64_t ld) {
-  static constexpr Tile four[kRows] = TILES(tile16, 4), eight[kRows] = TILES(tile16, 8);
+  static constexpr Tile four[kRows] = TILES(tile_integer, 4, 2),
+                        eight[kRows] = TILES(tile_integer, 8, 2);
+  panel(l.bits == 4 ? four : eight, l, weights, x, acc, ld);
+}
+
+void panel32(const GroupedLayout& l, const uint8_t* weights, const GroupedTile& x, float* acc,
+             int64_t ld) {
+  static constexpr Tile four[kRows] = TILES(tile32, 4), eight[kRows] = TILES(tile32, 8);
   panel(l.bits == 4 ? four : eight, l, weights, x, acc, ld);
 }
 
@@ -170,7 +195,8 @@ void finish_columns(const Epilogue& e, const float* acc, int64_t m, int64_t n, i
 
 }  // namespace
 
-extern const GroupedKernels linear_grouped_avx2 = {panel8,    panel16,   prepare8,
-                                                   prepare16, pack_rows, finish_columns};
+extern const GroupedKernels linear_grouped_avx2 = {panel8,    panel16,   panel32,       prepare8,
+                                                   prepare16, prepare32, nullptr,       nullptr,
+                                                   nullptr,   pack_rows, finish_columns};
 
 }  // namespace narrowcast

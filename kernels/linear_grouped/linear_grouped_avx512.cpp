@@ -2,27 +2,21 @@
 // x.
 //
 // activation_bits 8: the unsigned codes are the first operand of vpdpbusd, four successive x the
-// second, broadcast
-//   to all lanes. 12 integer sums live in registers. Per block of 32 a row of x costs
-//   8 vpdpbusd, one conversion, one product, one or two FMAs: 3/4 of the integer peak at best, 7/8
-//   for blocks of 64.
-// activation_bits 16: a table of the 16 centred values in one register turns nibbles into floats
-// (vpermps reads the
-//   low four bits of a lane), so a weight costs a shift and a permutation, shared by all rows of x.
+// second, broadcast to all lanes. 12 integer sums live in registers. Per block of 32 a row of x
+// costs 8 vpdpbusd, one product, one or two FMAs (the conversion goes beside them). activation_bits
+// 16: upper and lower bytes of x, 24 integer sums. activation_bits 32: a table of the 16 centred
+// values in one register turns nibbles into floats (vpermps reads the low four bits of a lane), so
+// a weight costs a shift and a permutation, shared by all rows of x. Many rows of x:
+// linear_grouped_wide_avx512.h.
 #include <immintrin.h>
 
 #include "common/epilogue_avx512.h"
 #include "common/transpose_avx512.h"
 #include "linear_grouped/linear_grouped_rows.h"
+#include "linear_grouped/linear_grouped_wide_avx512.h"
 
 namespace narrowcast {
 namespace {
-
-inline __m512 scales16(const GroupedLayout& l, const uint8_t* p, int64_t block) {
-  if (l.half)
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + block * 32)));
-  return _mm512_loadu_ps(p + block * 64);
-}
 
 // sum += codes * the four x at p, broadcast. In assembly because GCC 12 loads the broadcast on its
 // own and then runs out of registers: 2 instructions and a move for each product.
@@ -32,10 +26,9 @@ inline void dot4(__m512i& sum, __m512i codes, const int8_t* p) {
       : "v"(codes), "m"(*reinterpret_cast<const int8_t (*)[4]>(p)));
 }
 
-constexpr int kInRegisters = 8;
 constexpr int64_t kAhead = 2048;  // bytes
 
-template <int M>
+template <int M, int kInRegisters>
 inline void clear(__m512 (&y)[M], float* acc, int64_t ld) {
   for (int m = 0; m < M; ++m) {
     y[m] = _mm512_setzero_ps();
@@ -43,7 +36,7 @@ inline void clear(__m512 (&y)[M], float* acc, int64_t ld) {
   }
 }
 
-template <int M>
+template <int M, int kInRegisters>
 inline void store(const __m512 (&y)[M], float* acc, int64_t ld) {
   if (M <= kInRegisters)
     for (int m = 0; m < M; ++m) _mm512_storeu_ps(acc + m * ld, y[m]);
@@ -56,8 +49,8 @@ inline void prefetch(const uint8_t* codes) {
 }
 
 // y[m] += scale * factor[m] * sums[m] + (offset + centre * scale) * xsum[m], of one block. Where M
-// sums fill the registers, y lives in memory: it is touched once per 32 products and more.
-template <int M, int Bits>
+// is above kInRegisters, y lives in memory: it is touched once per 32 products and more.
+template <int M, int Bits, int kInRegisters>
 inline void add_block(const GroupedLayout& l, const uint8_t* scales, int64_t b,
                       const __m512 (&sums)[M], const float* factor, const float* xsum, float* acc,
                       int64_t ld, __m512 (&y)[M]) {
@@ -80,20 +73,25 @@ inline void add_block(const GroupedLayout& l, const uint8_t* scales, int64_t b,
   }
 }
 
-template <int M, int Bits>
-void tile8(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
-           int64_t ld) {
+// Parts: bytes of an x.
+template <int M, int Bits, int Parts>
+void tile_integer(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
+                  int64_t ld) {
+  constexpr int kInRegisters = Parts == 1 ? 8 : 4;
   const int64_t blocks = l.k / l.block;
   const __m512i low = _mm512_set1_epi8(15);
   __m512 y[M], sums[M];
-  clear<M>(y, acc, ld);
+  clear<M, kInRegisters>(y, acc, ld);
   const uint8_t* codes = panel;
-  const int8_t* xq = x.xq;
+  const int8_t *xq = x.xq, *xl = x.xl;
   for (int64_t b = 0; b < blocks; ++b) {
-    __m512i sum[M];
+    __m512i sum[M], upper[M];
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) sum[m] = _mm512_set1_epi32(x.start[b * M + m]);
-    for (int64_t k = 0; k < l.block; k += 32, xq += 32 * M) {
+    for (int m = 0; m < M; ++m) {
+      sum[m] = _mm512_set1_epi32(x.start[b * M + m]);
+      upper[m] = _mm512_setzero_si512();
+    }
+    for (int64_t k = 0; k < l.block; k += 32, xq += 32 * M, xl += 32 * M) {
 #pragma GCC unroll 8
       for (int t = 0; t < 32; t += Bits == 4 ? 8 : 4, codes += 64) {
         prefetch<M>(codes);
@@ -103,31 +101,45 @@ void tile8(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, f
                         odd = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
 #pragma GCC unroll 12
           for (int m = 0; m < M; ++m) {
-            dot4(sum[m], even, xq + t * M + 4 * m);
-            dot4(sum[m], odd, xq + (t + 4) * M + 4 * m);
+            dot4(Parts == 1 ? sum[m] : upper[m], even, xq + t * M + 4 * m);
+            if (Parts == 2) dot4(sum[m], even, xl + t * M + 4 * m);
+            dot4(Parts == 1 ? sum[m] : upper[m], odd, xq + (t + 4) * M + 4 * m);
+            if (Parts == 2) dot4(sum[m], odd, xl + (t + 4) * M + 4 * m);
           }
         } else {
 #pragma GCC unroll 12
-          for (int m = 0; m < M; ++m) dot4(sum[m], v, xq + t * M + 4 * m);
+          for (int m = 0; m < M; ++m) {
+            dot4(Parts == 1 ? sum[m] : upper[m], v, xq + t * M + 4 * m);
+            if (Parts == 2) dot4(sum[m], v, xl + t * M + 4 * m);
+          }
         }
       }
     }
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) sums[m] = _mm512_cvtepi32_ps(sum[m]);
-    add_block<M, Bits>(l, panel + l.code_bytes, b, sums, x.xs + b * M, x.xsum + b * M, acc, ld, y);
+    for (int m = 0; m < M; ++m) {
+      if (Parts == 2) sum[m] = _mm512_add_epi32(sum[m], _mm512_slli_epi32(upper[m], 8));
+      sums[m] = _mm512_cvtepi32_ps(sum[m]);
+    }
+    add_block<M, Bits, kInRegisters>(l, panel + l.code_bytes, b, sums,
+                                     Parts == 1 ? x.xs + b * M : nullptr, x.xsum + b * M, acc, ld,
+                                     y);
   }
-  store<M>(y, acc, ld);
+  store<M, kInRegisters>(y, acc, ld);
+  if (Parts == 2)
+    for (int m = 0; m < M; ++m)
+      _mm512_storeu_ps(acc + m * ld,
+                       _mm512_mul_ps(_mm512_loadu_ps(acc + m * ld), _mm512_set1_ps(x.xs[m])));
 }
 
 template <int M, int Bits>
-void tile16(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
+void tile32(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
             int64_t ld) {
   constexpr int kStep = Bits == 4 ? 8 : 4;
   const int64_t blocks = l.k / l.block;
   const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   const __m512i sign = _mm512_set1_epi8(-128);
   __m512 y[M];
-  clear<M>(y, acc, ld);
+  clear<M, 8>(y, acc, ld);
   const uint8_t* codes = panel;
   const float* xk = x.x;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -154,35 +166,46 @@ void tile16(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, 
     }
     if (M <= 2)
       for (int m = 0; m < M; ++m) sum[m] = _mm512_add_ps(sum[m], more[m]);
-    add_block<M, Bits>(l, panel + l.code_bytes, b, sum, nullptr, x.xsum + b * M, acc, ld, y);
+    add_block<M, Bits, 8>(l, panel + l.code_bytes, b, sum, nullptr, x.xsum + b * M, acc, ld, y);
   }
-  store<M>(y, acc, ld);
+  store<M, 8>(y, acc, ld);
 }
 
 using Tile = void (*)(const GroupedLayout&, const uint8_t*, const GroupedTile&, float*, int64_t);
-#define TILES(tile, bits)                                                                      \
-  {tile<1, bits>, tile<2, bits>, tile<3, bits>, tile<4, bits>,  tile<5, bits>,  tile<6, bits>, \
-   tile<7, bits>, tile<8, bits>, tile<9, bits>, tile<10, bits>, tile<11, bits>, tile<12, bits>}
+#define TILES(tile, ...)                                                                     \
+  {tile<1, __VA_ARGS__>, tile<2, __VA_ARGS__>,  tile<3, __VA_ARGS__>,  tile<4, __VA_ARGS__>, \
+   tile<5, __VA_ARGS__>, tile<6, __VA_ARGS__>,  tile<7, __VA_ARGS__>,  tile<8, __VA_ARGS__>, \
+   tile<9, __VA_ARGS__>, tile<10, __VA_ARGS__>, tile<11, __VA_ARGS__>, tile<12, __VA_ARGS__>}
 
-void panel8(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
-            int64_t ld) {
-  static constexpr Tile four[kGroupedMaxRows] = TILES(tile8, 4),
-                        eight[kGroupedMaxRows] = TILES(tile8, 8);
+template <int Parts>
+void panel_integer(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
+                   int64_t ld) {
+  static constexpr Tile four[kGroupedMaxRows] = TILES(tile_integer, 4, Parts),
+                        eight[kGroupedMaxRows] = TILES(tile_integer, 8, Parts);
   (l.bits == 4 ? four : eight)[x.ld - 1](l, panel, x, acc, ld);
 }
 
-void panel16(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
+void panel32(const GroupedLayout& l, const uint8_t* panel, const GroupedTile& x, float* acc,
              int64_t ld) {
-  static constexpr Tile four[kGroupedMaxRows] = TILES(tile16, 4),
-                        eight[kGroupedMaxRows] = TILES(tile16, 8);
+  static constexpr Tile four[kGroupedMaxRows] = TILES(tile32, 4),
+                        eight[kGroupedMaxRows] = TILES(tile32, 8);
   (l.bits == 4 ? four : eight)[x.ld - 1](l, panel, x, acc, ld);
+}
+
+// 16 codes in the order of xq.
+inline void put16(const GroupedLayout& l, __m128i codes, int8_t* to, int ld) {
+  const __m128i even_odd = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  if (l.bits == 4) codes = _mm_shuffle_epi8(codes, even_odd);
+  if (ld == 1) return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
+  int32_t dwords[4];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dwords), codes);
+  for (int j = 0; j < 4; ++j) memcpy(to + 4 * j * ld, dwords + j, 4);
 }
 
 // Quantises 16 elements at a time; the formulas of the portable form in linear_grouped_rows.h.
 void prepare8_avx512(const GroupedLayout& l, const void* x, DType dtype, int r,
                      const GroupedTile& t) {
   const __m512 inf = _mm512_set1_ps(__builtin_inff()), limit = _mm512_set1_ps(127.0f);
-  const __m128i even_odd = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   const int64_t pieces = l.block / 16;
   for (int64_t b = 0; b < l.k / l.block; ++b) {
     __m512 v[kMaxBlock / 16], most = _mm512_setzero_ps();
@@ -201,21 +224,40 @@ void prepare8_avx512(const GroupedLayout& l, const void* x, DType dtype, int r,
       y = _mm512_max_ps(_mm512_min_ps(y, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
       const __m512i q = _mm512_cvtps_epi32(y);  // rounds half to even
       sums = _mm512_add_epi32(sums, q);
-      __m128i codes = _mm512_cvtepi32_epi8(q);
-      if (l.bits == 4) codes = _mm_shuffle_epi8(codes, even_odd);
-      if (t.ld == 1) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
-        continue;
-      }
-      int32_t dwords[4];
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(dwords), codes);
-      for (int j = 0; j < 4; ++j) memcpy(to + 4 * j * t.ld, dwords + j, 4);
+      put16(l, _mm512_cvtepi32_epi8(q), to, t.ld);
     }
     const int32_t sum = _mm512_reduce_add_epi32(sums);
     const int64_t at = b * t.ld + r;
     t.xs[at] = scale;
     t.xsum[at] = scale * static_cast<float>(sum);
     t.start[at] = -(l.bits == 8 ? 128 : 8) * sum;
+  }
+}
+
+void prepare16_avx512(const GroupedLayout& l, const void* x, DType dtype, int r,
+                      const GroupedTile& t) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t k = 0; k < l.k; k += 16)
+    most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(load16(x, k, dtype, 0xffff))));
+  const float scale = scale_of_row(_mm512_reduce_max_epu32(most));
+  const __m512 inverse = _mm512_set1_ps(scale == scale ? 1.0f / scale : 0.0f);
+  const __m512 limit = _mm512_set1_ps(kMost16), below = _mm512_set1_ps(-kMost16);
+  t.xs[r] = scale;
+  for (int64_t b = 0; b < l.k / l.block; ++b) {
+    __m512i sums = _mm512_setzero_si512();
+    for (int64_t k = b * l.block; k < (b + 1) * l.block; k += 16) {
+      __m512 y = _mm512_mul_ps(load16(x, k, dtype, 0xffff), inverse);
+      y = _mm512_min_ps(_mm512_max_ps(y, below), limit);  // a NaN becomes a number
+      const __m512i q = _mm512_cvtps_epi32(y);            // rounds half to even
+      sums = _mm512_add_epi32(sums, q);
+      const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+      const int64_t at = k * t.ld + 4 * r;
+      put16(l, _mm512_cvtepi32_epi8(upper), t.xq + at, t.ld);
+      put16(l, _mm512_cvtepi32_epi8(q), t.xl + at, t.ld);
+    }
+    const int32_t sum = _mm512_reduce_add_epi32(sums);
+    t.xsum[b * t.ld + r] = static_cast<float>(sum);
+    t.start[b * t.ld + r] = -(l.bits == 8 ? 128 : 8) * sum;
   }
 }
 
@@ -242,7 +284,8 @@ void finish_columns(const Epilogue& e, const float* acc, int64_t m, int64_t n, i
 
 }  // namespace
 
-extern const GroupedKernels linear_grouped_avx512 = {panel8,    panel16, prepare8_avx512,
-                                                     prepare16, pack16,  finish_columns};
+extern const GroupedKernels linear_grouped_avx512 = {
+    panel_integer<1>, panel_integer<2>, panel32, prepare8_avx512, prepare16_avx512, prepare32,
+    wide<1>,          wide<2>,          widen,   pack16,          finish_columns};
 
 }  // namespace narrowcast

@@ -73,8 +73,9 @@ inline LinearGroupedArgs checked_args(const GroupedLayout& layout, const TensorV
              " and the leading sizes of x ", shape(x), ", got ", name(residual.dtype), " ",
              shape(residual));
   }
-  NC_CHECK(options.activation_bits == 8 || options.activation_bits == 16, kOp,
-           "activation_bits must be 8 or 16, got ", options.activation_bits);
+  NC_CHECK(options.activation_bits == 8 || options.activation_bits == 16 ||
+               options.activation_bits == 32,
+           kOp, "activation_bits must be 8, 16 or 32, got ", options.activation_bits);
   NC_CHECK(is_floating(out_dtype), kOp, "out_dtype must be float32, float16 or bfloat16, got ",
            name(out_dtype));
   LinearGroupedArgs a = {};

@@ -30,12 +30,22 @@ def quantize_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def round_rows(x: Tensor) -> Tensor:
+    """x as float64, each row as the int16 codes times the scale that the CPU multiplies with."""
+    x = x.float()
+    absmax = x.abs().amax(-1, keepdim=True)
+    scale = absmax / 32639
+    scale = torch.where((scale >= torch.finfo(torch.float32).tiny) | scale.isnan(), scale, 1.0)
+    q = (x * (1 / scale)).clamp(-32639, 32639).round()
+    return torch.where(absmax.isfinite(), q.double() * scale.double(), math.nan)
+
+
 def linear_grouped(
     x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, bits: int,
     bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None,
     *, activation_bits: int = 16, post_activation: str = "none",
 ) -> Tensor:  # fmt: skip
-    """In float64; the caller rounds."""
+    """In float64; the caller rounds: the result, and x by `round_rows` where that is what is asked."""
     if bits == 4:
         codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).double()
         codes = codes if offset is not None else codes - 8

@@ -53,13 +53,23 @@ inline const void* advance(const void* p, DType dtype, int64_t count) {
   return static_cast<const uint8_t*>(p) + count * (dtype == DType::kFloat32 ? 4 : 2);
 }
 
+// (q >> shift) of a block as bytes, in the order of xq.
+inline void interleave(const GroupedLayout& l, const int32_t* q, int shift, int8_t* to, int ld) {
+  int8_t codes[kMaxBlock];
+  for (int64_t i = 0; i < l.block; i += 8)
+    for (int j = 0; j < 8; ++j) {
+      const int from = l.bits == 8 ? j : 2 * (j & 3) + (j >> 2);
+      codes[i + j] = static_cast<int8_t>(q[i + from] >> shift);
+    }
+  for (int64_t i = 0; i < l.block; i += 4) memcpy(to + i * ld, codes + i, 4);
+}
+
 inline void prepare8(const GroupedLayout& l, const void* x, DType dtype, int r,
                      const GroupedTile& t) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
   for (int64_t b = 0; b < l.k / l.block; ++b) {
     float v[kMaxBlock];
     int32_t q[kMaxBlock];
-    int8_t codes[kMaxBlock];
     widen(advance(x, dtype, b * l.block), dtype, l.block, v);
     const float scale = scale_of(finite_absmax(v, l.block)), inverse = 1.0f / scale;
     int32_t sum = 0;
@@ -70,17 +80,7 @@ inline void prepare8(const GroupedLayout& l, const void* x, DType dtype, int r,
       q[i] = static_cast<int32_t>(y + kRound - kRound);
       sum += q[i];
     }
-    if (l.bits == 8) {
-      for (int64_t i = 0; i < l.block; ++i) codes[i] = static_cast<int8_t>(q[i]);
-    } else {
-      for (int64_t i = 0; i < l.block; i += 8)
-        for (int j = 0; j < 4; ++j) {
-          codes[i + j] = static_cast<int8_t>(q[i + 2 * j]);
-          codes[i + 4 + j] = static_cast<int8_t>(q[i + 2 * j + 1]);
-        }
-    }
-    int8_t* to = t.xq + b * l.block * t.ld + 4 * r;
-    for (int64_t i = 0; i < l.block; i += 4) memcpy(to + i * t.ld, codes + i, 4);
+    interleave(l, q, 0, t.xq + b * l.block * t.ld + 4 * r, t.ld);
     const int64_t at = b * t.ld + r;
     t.xs[at] = scale;
     t.xsum[at] = scale * static_cast<float>(sum);
@@ -88,7 +88,48 @@ inline void prepare8(const GroupedLayout& l, const void* x, DType dtype, int r,
   }
 }
 
+constexpr float kMost16 = 32639.0f;  // 127 * 256 + 127
+
+// The scale of a row of 16-bit codes; NaN for one that holds a NaN or an infinity.
+inline float scale_of_row(uint32_t absmax_bits) {
+  if (absmax_bits >= 0x7f800000u) return __builtin_nanf("");
+  const float scale = float_from_bits(absmax_bits) / kMost16;
+  return scale >= 1.17549435e-38f ? scale : 1.0f;
+}
+
 inline void prepare16(const GroupedLayout& l, const void* x, DType dtype, int r,
+                      const GroupedTile& t) {
+  constexpr float kRound = 12582912.0f;
+  float v[kMaxBlock];
+  uint32_t most = 0;
+  for (int64_t b = 0; b < l.k / l.block; ++b) {
+    widen(advance(x, dtype, b * l.block), dtype, l.block, v);
+    for (int64_t i = 0; i < l.block; ++i) {
+      const uint32_t bits = bits_from_float(v[i]) & 0x7fffffffu;
+      most = bits > most ? bits : most;
+    }
+  }
+  const float scale = scale_of_row(most), inverse = scale == scale ? 1.0f / scale : 0.0f;
+  t.xs[r] = scale;
+  for (int64_t b = 0; b < l.k / l.block; ++b) {
+    int32_t q[kMaxBlock], upper[kMaxBlock], sum = 0;
+    widen(advance(x, dtype, b * l.block), dtype, l.block, v);
+    for (int64_t i = 0; i < l.block; ++i) {
+      float y = v[i] * inverse;
+      y = y > kMost16 ? kMost16 : y > -kMost16 ? y : -kMost16;
+      q[i] = static_cast<int32_t>(y + kRound - kRound);
+      upper[i] = q[i] + 128;
+      sum += q[i];
+    }
+    interleave(l, upper, 8, t.xq + b * l.block * t.ld + 4 * r, t.ld);
+    interleave(l, q, 0, t.xl + b * l.block * t.ld + 4 * r, t.ld);
+    const int64_t at = b * t.ld + r;
+    t.xsum[at] = static_cast<float>(sum);
+    t.start[at] = -(l.bits == 8 ? 128 : 8) * sum;
+  }
+}
+
+inline void prepare32(const GroupedLayout& l, const void* x, DType dtype, int r,
                       const GroupedTile& t) {
   for (int64_t b = 0; b < l.k / l.block; ++b) {
     float v[kMaxBlock], lane[16] = {};

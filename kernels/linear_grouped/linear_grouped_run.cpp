@@ -22,59 +22,85 @@ NC_VARIANT_LIST(linear_grouped, const GroupedKernels*, kVariants)
 constexpr int kChunk = 16;  // panels whose sums one task keeps before it finishes a row
 constexpr int64_t kChunkBytes = 256 * 1024;  // of weights: they stay in L2 while all rows of x pass
 constexpr int64_t kTaskWork = 1 << 19;       // multiply-adds worth a thread
+constexpr int kWidePanels = kGroupedWide / kGroupedPanel;
+// Rows of x from which the wide kernel pays for what it unpacks.
+constexpr int64_t kWideFrom = 24;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t panel_count(const GroupedLayout& l) { return (l.n + kGroupedPanel - 1) / kGroupedPanel; }
 
-// Rows per tile: as even as can be.
-int64_t tile_rows(int64_t m) {
-  const int64_t tiles = (m + kGroupedMaxRows - 1) / kGroupedMaxRows;
-  return tiles ? (m + tiles - 1) / tiles : 1;
+// Kernels, and which of their forms this call takes.
+struct Plan {
+  const GroupedKernels& kernels;
+  GroupedPrepareFn prepare;
+  GroupedPanelFn panel;
+  GroupedWideFn wide;  // nullptr: panel
+  int64_t rows;        // per tile: one, or as even as can be
+};
+
+Plan plan(const LinearGroupedArgs& a) {
+  const GroupedKernels& k = *select_linear_grouped();
+  const int bits = a.activation_bits;
+  GroupedWideFn wide = bits == 8 ? k.wide8 : bits == 16 ? k.wide16 : nullptr;
+  if (a.m < kWideFrom) wide = nullptr;
+  const int64_t tiles = (a.m + kGroupedMaxRows - 1) / kGroupedMaxRows;
+  return {k,
+          bits == 8    ? k.prepare8
+          : bits == 16 ? k.prepare16
+                       : k.prepare32,
+          bits == 8    ? k.panel8
+          : bits == 16 ? k.panel16
+                       : k.panel32,
+          wide, wide || !tiles ? 1 : (a.m + tiles - 1) / tiles};
 }
 
 // The scratch: for each tile its parts, one behind the other, in as much memory as a full tile
 // takes.
 struct Scratch {
-  int64_t x, xs, xsum, start, tile_bytes;
+  int64_t x, xl, xs, xsum, start, tile_bytes;
 };
 
-Scratch scratch_layout(const LinearGroupedArgs& a) {
-  const int64_t rows = tile_rows(a.m),
+Scratch scratch_layout(const LinearGroupedArgs& a, int64_t rows) {
+  const int64_t codes = round_up(rows * a.layout.k, 64),
                 meta = round_up(rows * (a.layout.k / a.layout.block) * 4, 64);
-  const bool integer = a.activation_bits == 8;
   Scratch s = {};
-  s.xsum = round_up(rows * a.layout.k * (integer ? 1 : 4), 64);
-  s.xs = s.xsum + meta;
-  s.start = s.xs + meta;
-  s.tile_bytes = integer ? s.start + meta : s.xs;
+  if (a.activation_bits == 32) {
+    s.xsum = codes * 4;
+    s.tile_bytes = s.xsum + meta;
+    return s;
+  }
+  s.xl = codes;
+  s.xsum = a.activation_bits == 16 ? 2 * codes : codes;
+  s.start = s.xsum + meta;
+  s.xs = s.start + meta;
+  s.tile_bytes = s.xs + (a.activation_bits == 16 ? round_up(rows * 4, 64) : meta);
   return s;
 }
 
-GroupedTile tile_at(const LinearGroupedArgs& a, void* scratch, int64_t tile) {
-  const Scratch s = scratch_layout(a);
-  const int64_t rows = tile_rows(a.m);
+GroupedTile tile_at(const LinearGroupedArgs& a, const Plan& p, void* scratch, int64_t tile) {
+  const Scratch s = scratch_layout(a, p.rows);
   uint8_t* base = static_cast<uint8_t*>(scratch) + tile * s.tile_bytes;
   GroupedTile t = {};
-  t.ld = static_cast<int>(std::min(rows, a.m - tile * rows));
+  t.ld = static_cast<int>(std::min(p.rows, a.m - tile * p.rows));
   t.xsum = reinterpret_cast<float*>(base + s.xsum);
-  if (a.activation_bits == 16) {
+  if (a.activation_bits == 32) {
     t.x = reinterpret_cast<float*>(base);
     return t;
   }
   t.xq = reinterpret_cast<int8_t*>(base);
+  t.xl = reinterpret_cast<int8_t*>(base + s.xl);
   t.xs = reinterpret_cast<float*>(base + s.xs);
   t.start = reinterpret_cast<int32_t*>(base + s.start);
   return t;
 }
 
-void prepare_rows(const LinearGroupedArgs& a, const GroupedKernels& kernels, void* scratch) {
-  const int64_t rows = tile_rows(a.m), row_bytes = a.layout.k * element_size(a.x_dtype);
-  const GroupedPrepareFn prepare = a.activation_bits == 8 ? kernels.prepare8 : kernels.prepare16;
+void prepare_rows(const LinearGroupedArgs& a, const Plan& p, void* scratch) {
+  const int64_t row_bytes = a.layout.k * element_size(a.x_dtype);
   parallel_for(0, a.m, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.layout.k)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t m = begin; m < end; ++m)
-                   prepare(a.layout, static_cast<const uint8_t*>(a.x) + m * row_bytes, a.x_dtype,
-                           static_cast<int>(m % rows), tile_at(a, scratch, m / rows));
+                   p.prepare(a.layout, static_cast<const uint8_t*>(a.x) + m * row_bytes, a.x_dtype,
+                             static_cast<int>(m % p.rows), tile_at(a, p, scratch, m / p.rows));
                });
 }
 
@@ -83,27 +109,44 @@ struct Tasks {
   int64_t panels, per_chunk, chunks, tiles, ranges, range_tiles, grain;
 };
 
-Tasks share(const LinearGroupedArgs& a) {
+Tasks share(const LinearGroupedArgs& a, const Plan& p) {
   const GroupedLayout& l = a.layout;
   const int64_t threads = thread_count(), wanted = threads == 1 ? 1 : threads * 4;
   Tasks t = {};
   t.panels = panel_count(l);
   const int64_t fit = kChunkBytes / std::max<int64_t>(1, l.panel_bytes);
-  t.per_chunk =
-      std::min<int64_t>({kChunk, (t.panels + wanted - 1) / wanted, std::max<int64_t>(1, fit)});
+  t.per_chunk = p.wide ? kWidePanels
+                       : std::min<int64_t>(
+                             {kChunk, (t.panels + wanted - 1) / wanted, std::max<int64_t>(1, fit)});
   t.chunks = (t.panels + t.per_chunk - 1) / t.per_chunk;
-  t.tiles = (a.m + tile_rows(a.m) - 1) / tile_rows(a.m);
-  t.ranges = std::min(t.tiles, (wanted + t.chunks - 1) / t.chunks);
+  t.tiles = (a.m + p.rows - 1) / p.rows;
+  // A range of the wide kernel repays its unpacking as a whole call does.
+  const int64_t most = p.wide ? a.m / kWideFrom : t.tiles;
+  t.ranges = std::min(most, (wanted + t.chunks - 1) / t.chunks);
   t.range_tiles = (t.tiles + t.ranges - 1) / t.ranges;
-  const int64_t rows = std::min(t.range_tiles * tile_rows(a.m), a.m);
+  if (p.wide) t.range_tiles = round_up(t.range_tiles, kGroupedWideRows);
+  const int64_t rows = std::min(t.range_tiles * p.rows, a.m);
   const int64_t work = t.per_chunk * kGroupedPanel * std::max<int64_t>(1, l.k) * rows;
   t.grain = std::max<int64_t>(1, kTaskWork / work);
   return t;
 }
 
-// `fresh`: memory for a chunk of panels, when the weights are packed on the way.
-void run_task(const LinearGroupedArgs& a, const GroupedKernels& kernels, void* scratch,
-              const Tasks& t, int64_t task, void* fresh) {
+int64_t wide_bytes(const GroupedLayout& l) {
+  return kGroupedWide * (l.k + l.k / l.block * 2 * static_cast<int64_t>(sizeof(float)));
+}
+
+// Asks for the lines that a tile of results will be written to, while its sums are being made.
+void prefetch_out(const Epilogue& e, int64_t m, int rows, int64_t column, int64_t columns) {
+  const int64_t size = element_size(e.out_dtype);
+  for (int64_t r = m; r < m + rows; ++r) {
+    const char* first = static_cast<const char*>(e.out) + (r * e.ld_out + column) * size;
+    for (int64_t i = 0; i < columns * size; i += 64) __builtin_prefetch(first + i, 1);
+  }
+}
+
+// `memory`: for the wide form of the panels, and behind it for panels packed on the way.
+void run_task(const LinearGroupedArgs& a, const Plan& plan, void* scratch, const Tasks& t,
+              int64_t task, uint8_t* memory) {
   const GroupedLayout& l = a.layout;
   constexpr int64_t kLd = kChunk * kGroupedPanel;
   alignas(64) float acc[kGroupedMaxRows * kLd];
@@ -111,16 +154,32 @@ void run_task(const LinearGroupedArgs& a, const GroupedKernels& kernels, void* s
                 count = std::min(t.per_chunk, t.panels - first);
   const int64_t column = first * kGroupedPanel,
                 columns = std::min(count * kGroupedPanel, l.n - column);
-  if (fresh) grouped_pack(l, a.source, first, count, static_cast<uint8_t*>(fresh));
-  const uint8_t* weights = fresh ? static_cast<uint8_t*>(fresh) : a.panels + first * l.panel_bytes;
-  const GroupedPanelFn panel = a.activation_bits == 8 ? kernels.panel8 : kernels.panel16;
-  const int64_t begin = task % t.ranges * t.range_tiles;
-  for (int64_t i = begin; i < std::min(t.tiles, begin + t.range_tiles); ++i) {
-    const GroupedTile tile = tile_at(a, scratch, i);
+  const uint8_t* weights = a.panels ? a.panels + first * l.panel_bytes : nullptr;
+  if (!weights) {
+    uint8_t* fresh = memory + (plan.wide ? wide_bytes(l) : 0);
+    grouped_pack(l, a.source, first, count, fresh);
+    weights = fresh;
+  }
+  const int64_t begin = task % t.ranges * t.range_tiles,
+                end = std::min(t.tiles, begin + t.range_tiles);
+  if (plan.wide) {
+    const GroupedWide wide = plan.kernels.widen(l, weights, count, memory);
+    const int64_t row_bytes = scratch_layout(a, 1).tile_bytes;
+    for (int64_t m = begin; m < end; m += kGroupedWideRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kGroupedWideRows, end - m));
+      prefetch_out(a.epilogue, m, rows, column, columns);
+      plan.wide(l, wide, tile_at(a, plan, scratch, m), row_bytes, rows, acc);
+      for (int r = 0; r < rows; ++r)
+        plan.kernels.finish(a.epilogue, acc + r * kGroupedWide, m + r, column, columns);
+    }
+    return;
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const GroupedTile tile = tile_at(a, plan, scratch, i);
     for (int64_t p = 0; p < count; ++p)
-      panel(l, weights + p * l.panel_bytes, tile, acc + p * kGroupedPanel, kLd);
+      plan.panel(l, weights + p * l.panel_bytes, tile, acc + p * kGroupedPanel, kLd);
     for (int r = 0; r < tile.ld; ++r)
-      kernels.finish(a.epilogue, acc + r * kLd, i * tile_rows(a.m) + r, column, columns);
+      plan.kernels.finish(a.epilogue, acc + r * kLd, i * plan.rows + r, column, columns);
   }
 }
 
@@ -179,20 +238,24 @@ void grouped_pack_all(const GroupedLayout& l, const GroupedSource& source, uint8
 }
 
 int64_t linear_grouped_scratch(const LinearGroupedArgs& args) {
-  const int64_t rows = tile_rows(args.m);
-  return (args.m + rows - 1) / rows * scratch_layout(args).tile_bytes;
+  // Whichever kernel will be selected: tiles of one row, or of several.
+  const int64_t rows = plan(args).rows, tiles = (args.m + rows - 1) / rows;
+  return std::max(tiles * scratch_layout(args, rows).tile_bytes,
+                  args.m >= kWideFrom ? args.m * scratch_layout(args, 1).tile_bytes : 0);
 }
 
 void linear_grouped_run(const LinearGroupedArgs& a, void* scratch) {
   if (a.m == 0 || a.layout.n == 0) return;
-  const GroupedKernels& kernels = *select_linear_grouped();
-  prepare_rows(a, kernels, scratch);
-  const Tasks t = share(a);
+  const Plan p = plan(a);
+  prepare_rows(a, p, scratch);
+  const Tasks t = share(a, p);
+  const int64_t bytes =
+      (p.wide ? wide_bytes(a.layout) : 0) + (a.panels ? 0 : t.per_chunk * a.layout.panel_bytes);
   parallel_for(0, t.chunks * t.ranges, t.grain, [&](int64_t begin, int64_t end) {
-    std::optional<ThreadScratch> fresh;
-    if (!a.panels) fresh.emplace(t.per_chunk * a.layout.panel_bytes);
+    std::optional<ThreadScratch> memory;
+    if (bytes) memory.emplace(bytes);
     for (int64_t i = begin; i < end; ++i)
-      run_task(a, kernels, scratch, t, i, fresh ? fresh->data() : nullptr);
+      run_task(a, p, scratch, t, i, memory ? static_cast<uint8_t*>(memory->data()) : nullptr);
   });
 }
 

@@ -19,7 +19,7 @@ class LinearGrouped(nn.Module):
     canonical weight is used as it is.
 
     weight: group_size must be a multiple of 32.
-    activation_bits: 16 keeps x in floating point, 8 quantises it inside.
+    activation_bits: 8, 16 or 32, the bits with which an element of x enters the products.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class LinearGrouped(nn.Module):
         super().__init__()
         if weight.group_size % 32:
             raise ArgumentError(f"group_size must be a multiple of 32, got {weight.group_size}")
-        if activation_bits not in (8, 16):
-            raise ArgumentError(f"activation_bits must be 8 or 16, got {activation_bits}")
+        if activation_bits not in (8, 16, 32):
+            raise ArgumentError(f"activation_bits must be 8, 16 or 32, got {activation_bits}")
         self.out_features, self.in_features = weight.shape
         self.bits, self.group_size = weight.bits, weight.group_size
         self.activation, self.activation_bits = activation, activation_bits

@@ -312,7 +312,7 @@ def grouped_op(out: bool) -> Op:
             "offset": draw.tensor([n, count], dtype) if draw.chance(0.5) else None,
             "group_size": group,
             "bits": bits,
-            "activation_bits": draw.choice((16, 16, 8)),
+            "activation_bits": draw.choice((16, 16, 8, 32)),
         }
         draw_epilogue(draw, a, leading, n)
         if out:
@@ -332,7 +332,7 @@ def grouped_op(out: bool) -> Op:
         if x.shape[-1] != k:
             return {"x"}
         found = epilogue_faults(a, x, n)
-        if a["activation_bits"] not in (8, 16):
+        if a["activation_bits"] not in (8, 16, 32):
             found.add("activation_bits")
         inputs = (x, packed, a["scale"], a["offset"], a["bias"], a["residual"])
         if out and bad_out(a["out"], [*x.shape[:-1], n], FLOATS, *inputs):

@@ -261,7 +261,7 @@ def _apply(
     if size % 32:
         raise ArgumentError(f"group_size must be a multiple of 32, got {size}")
     bits = 8 if recipe == "int8-weight" else 4
-    # A file's own weights are run as they are, with float activations: nothing is lost but rounding. For int4
+    # A file's own weights are run as they are, with 16-bit activations: nothing is lost but rounding. For int4
     # the weights lose more than int8 activations in groups do, and products of integers are much faster.
     activation_bits = 8 if recipe == "int4" else 16
     return quantize_grouped(
