@@ -15,6 +15,9 @@
 //   where P = sum_{k in b} xq * (q - c),  S = sum_{k in b} xq
 //   32  x as float32; products and sums in float32.
 //
+// The kernels of a GPU take 16 bits as a float of 16 bits, which tensor cores multiply: their own
+// dtype of x, or what their file says of float32.
+//
 // 8 and 16: P and S are exact in int32; the sum over b is float32; without offset the second term
 // is 0. Weights stay exact. Rounding x to 16 bits moves a row by at most sqrt(K) * 2^-16 of its
 // length, ten times less in rows without outliers: closer than float16 or bfloat16 would be, for
