@@ -10,7 +10,7 @@
 //   8   symmetric int8 per block of a, as quantize/quantize.h does.
 //         y = sum_b xs[m, b] * (scale[n, g] * P + (offset[n, g] + c * scale[n, g]) * S)
 //   16  symmetric int16 per row, xs[m] = absmax of the row / 32639; a row with a NaN or an infinity
-//       gives NaN, one whose absmax is below 2^-110 gives zeros.
+//       gives NaN, one whose absmax is below 2^-112 gives zeros.
 //         y = xs[m] * sum_b (scale[n, g] * P + (offset[n, g] + c * scale[n, g]) * S)
 //   where P = sum_{k in b} xq * (q - c),  S = sum_{k in b} xq
 //   32  x as float32; products and sums in float32.
