@@ -351,6 +351,8 @@ def grouped_op(out: bool) -> Op:
             inputs["packed"] = torch.zeros((a["packed"].shape[0], 4 * a["bits"]), dtype=torch.uint8)
             inputs["scale"] = torch.zeros((a["packed"].shape[0], 1))
             inputs["offset"] = None
+        if a["activation_bits"] == 16:
+            inputs["x"] = linear_grouped_ref.round_rows(inputs["x"])
         weight_size = 8 * other(a["scale"]) * (10 if a["bits"] == 8 else 1) + other(a["offset"])
         magnitude = other(x) * weight_size * x.shape[-1] ** 0.5 + other(a["bias"], a["residual"])
         y = linear_grouped_ref.linear_grouped(**inputs)
