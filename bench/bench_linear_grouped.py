@@ -2,12 +2,15 @@
 
     python bench/bench_linear_grouped.py [--threads 1] [--quick]
 
-The limit: packed bytes / read bandwidth, or multiply-adds / 64 per cycle of a core at --ghz, the larger.
+a8 and a16: activation_bits 8 and 16. The limit: packed bytes / read bandwidth, or multiply-adds / 64 (a16: 32,
+as for bf16) per cycle of a core at --ghz, the larger. --cpu-time counts the seconds of this thread alone, for a
+machine that others use.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +28,7 @@ SHAPES = {  # SmolLM2-135M: N, K, bits
 }
 
 
-def case(name: str, m: int, bandwidth: float, macs_per_second: float) -> list[dict]:
+def case(name: str, m: int, bandwidth: float, macs_per_second: float, clock) -> list[dict]:
     n, k, bits = SHAPES[name]
     group = 32
     packed = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8)
@@ -49,15 +52,18 @@ def case(name: str, m: int, bandwidth: float, macs_per_second: float) -> list[di
     else:
         q, row_scale = weight.codes(), torch.rand(n).bfloat16()
         calls["_weight_int8pack_mm"] = lambda: torch.ops.aten._weight_int8pack_mm(x, q, row_scale)
-    seconds = measure(calls, rounds=20 if m <= 32 else 7)
+    seconds = measure(calls, rounds=20 if m <= 32 else 7, clock=clock)
     ours = {b: seconds.pop(b) * 1e6 for b in ("8", "16")}
     peers = {name: s * 1e6 for name, s in seconds.items()}
-    floor = max(layers[8]._cpu_panels().nbytes / bandwidth, m * n * k / macs_per_second) * 1e6
+    memory, products = layers[8]._cpu_panels().nbytes / bandwidth, m * n * k / macs_per_second
     text = f"{name} M={m} N={n} K={k} int{bits} g{group}"
     return [
-        row("linear_grouped", f"{text} a{b}", ours[b], peers, floor=floor, dtype="bfloat16")
+        row(
+            "linear_grouped", f"{text} a{b}", ours[b], peers, floor=max(memory, products * int(b) / 8) * 1e6,
+            dtype="bfloat16",
+        )
         for b in ("8", "16")
-    ]
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -65,7 +71,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ghz", type=float, default=3.3, help="clock for the limit of int8 products")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="with one thread only")
     arguments = parser.parse_args()
+    if arguments.cpu_time and arguments.threads != 1:
+        parser.error("--cpu-time sees one thread")
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
     torch.set_num_threads(arguments.threads)
     bandwidth, macs = read_bandwidth(), 64e9 * arguments.ghz * arguments.threads
     print(f"reads {bandwidth / 1e9:.1f} GB/s, {arguments.threads} threads")
@@ -74,7 +84,7 @@ def main() -> None:
         for m in (1, 32) if arguments.quick else (1, 4, 8, 16, 32, 128, 512):
             for name in SHAPES:
                 if name != "head" or m == 1:
-                    rows += case(name, m, bandwidth, macs)
+                    rows += case(name, m, bandwidth, macs, clock)
     print(write(rows, f"linear_grouped_{arguments.threads}"))
 
 

@@ -34,8 +34,9 @@ class Timing(float):
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object]], *, seconds: float = 0.5, rounds: int = 15
-) -> dict[str, Timing]:
+    calls: Mapping[str, Callable[[], object]], *, seconds: float = 0.5, rounds: int = 15,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:  # fmt: skip
     """Times each callable in `rounds` turns, one after the other, so that all meet the same machine.
 
     A turn repeats a call until it is long enough for the clock; `seconds` is the length of it all.
@@ -43,19 +44,19 @@ def measure(
     repeats = {}
     for name, call in calls.items():
         call(), call()  # first use: packing, page faults, code
-        start = time.perf_counter()
+        start = clock()
         call()
-        once = max(time.perf_counter() - start, 1e-7)
+        once = max(clock() - start, 1e-7)
         repeats[name] = max(1, round(seconds / len(calls) / rounds / once))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         names = list(calls)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call, count = calls[name], repeats[name]
-            start = time.perf_counter()
+            start = clock()
             for _ in range(count):
                 call()
-            samples[name].append((time.perf_counter() - start) / count)
+            samples[name].append((clock() - start) / count)
     timings = {}
     for name, values in samples.items():
         low, median, high = statistics.quantiles(values, n=4)

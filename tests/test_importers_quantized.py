@@ -207,7 +207,9 @@ def test_model_runs_on_its_own_codes(tmp_path, name):
     folder, reference = model_folder(tmp_path, name)
     imported = load_model(folder)
     graph = optimize(Graph.from_exported(imported.exported, imported.native))[0]
-    decisions = quantize_grouped(graph, {}, 4, 32, 16, set(), native=True)
+    decisions = quantize_grouped(
+        graph, {}, 4, 32, 32, set(), native=True
+    )  # float32: codes are what is tested
     graph.native = {}
     layers = {d.name: d for d in decisions if "head" not in d.name}
     op = {"nf4": "linear", "int-quantized": "linear_dynamic_int8", "torchao-int8": "linear_dynamic_int8"}.get(
