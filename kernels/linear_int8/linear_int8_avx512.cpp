@@ -15,23 +15,36 @@ namespace {
 
 constexpr auto padded = padded_to<4>;
 
+// sum += codes * the four activations. In assembly, as GCC 12 keeps copies of each sum around the
+// intrinsic.
+inline void dot4(__m512i& sum, __m512i codes, __m512i activations) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
+}
+
+template <int R, int V>
+[[gnu::always_inline]] inline void step(const int8_t* x, int64_t ldx, const uint8_t* w,
+                                        __m512i (&acc)[R][V]) {
+  __m512i weights[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) weights[v] = _mm512_loadu_si512(w + v * 64);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    int32_t four;
+    __builtin_memcpy(&four, x + r * ldx, 4);
+    const __m512i activations = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) dot4(acc[r][v], weights[v], activations);
+  }
+}
+
 template <int R, int V>
 [[gnu::always_inline]] inline void multiply(const int8_t* x, int64_t ldx, const uint8_t* w,
                                             int64_t steps, __m512i (&acc)[R][V]) {
-  for (int64_t s = 0; s < steps; ++s, w += kStep) {
-    __m512i weights[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weights[v] = _mm512_loadu_si512(w + v * 64);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      int32_t four;
-      __builtin_memcpy(&four, x + r * ldx + s * 4, 4);
-      const __m512i activations = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v)
-        acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], weights[v], activations);
-    }
-  }
+  int64_t s = 0;
+  for (; s + 8 <= steps; s += 8, w += 8 * kStep, x += 32)
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) step<R, V>(x + 4 * i, ldx, w + i * kStep, acc);
+  for (; s < steps; ++s, w += kStep, x += 4) step<R, V>(x, ldx, w, acc);
 }
 
 template <int R, int V>
