@@ -117,6 +117,20 @@ def test_changed_sources_void_a_proof(proofs, both):
     assert not dispatch.proven(*row)
 
 
+def test_a_proof_covers_what_the_kernels_import(monkeypatch):
+    """linear_int8 quantises by the kernels of quantize, and both round by the shared ones."""
+    seen = []
+    imported = dispatch._imported
+    monkeypatch.setattr(
+        dispatch, "_imported", lambda path, root: seen.append(path.name) or imported(path, root)
+    )
+    assert dispatch.source_hash("linear_dynamic_int8", "triton") != dispatch.source_hash("rope", "triton")
+    assert {"linear_int8_triton.py", "quantize_triton.py", "triton_util.py", "checks.py"} <= set(seen)
+    seen.clear()
+    assert dispatch.source_hash("quantize_int8", "cuda")
+    assert {"quantize_sm80.cu", "quantize_cuda.cu", "ptx.cuh", "quantize.h"} <= set(seen), seen
+
+
 def test_table_names_rooms():
     assert {room for room, _, _ in dispatch.ORDER} <= set(dispatch.ROOM_OF.values())
     assert {b for order in dispatch.ORDER.values() for b in order} <= set(dispatch.BACKENDS)

@@ -1,11 +1,13 @@
 """Compiles what the ``AOT`` lists of the Triton files name, for GPUs that are not here, and reads the result.
 
 Kept for every architecture: no spills, registers and shared memory within bounds, tensor-core instructions
-and 16-byte loads where promised.
+and 16-byte loads where promised. And what the interpreter cannot show compiles too: Triton turns an integer
+argument of 1 into a constant, and passes one beyond 2^31 in 64 bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -42,8 +44,7 @@ def resources(cuobjdump: str, cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def broken_promises(spec, capability: int, cuobjdump: str | None) -> tuple[list[str], int]:
-    """What a compiled specialisation does not keep, and its registers."""
+def compiled_for(spec, capability: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -55,7 +56,19 @@ def broken_promises(spec, capability: int, cuobjdump: str | None) -> tuple[list[
         "num_stages": spec.num_stages,
         "enable_fp_fusion": spec.fp_fusion,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def with_integers(spec, value):
+    """The specialisation with every integer argument of the launch replaced."""
+    is_integer = lambda v: spec.is_type(v) and re.match(r"[iu]\d", v)  # noqa: E731
+    arguments = {name: value if is_integer(v) else v for name, v in spec.arguments.items()}
+    return dataclasses.replace(spec, arguments=arguments)
+
+
+def broken_promises(spec, capability: int, cuobjdump: str | None) -> tuple[list[str], int]:
+    """What a compiled specialisation does not keep, and its registers."""
+    compiled = compiled_for(spec, capability)
     ptx, broken, registers = compiled.asm["ptx"], [], 0
     if compiled.metadata.shared > ARCHITECTURES[capability]:
         broken.append(f"{compiled.metadata.shared} bytes of shared memory")
@@ -89,5 +102,10 @@ def run(report: Callable[[str, str, str], None], root: Path, cuobjdump: str | No
                     promises, registers = [f"does not compile: {error}"[-2000:]], 0
                 broken += [f"{spec.label} sm_{capability}: {promise}" for promise in promises]
                 most = max(most, registers)
+            for what, value in (("integers of 1", 1), ("64-bit integers", "i64")):
+                try:
+                    compiled_for(with_integers(spec, value), min(ARCHITECTURES))
+                except Exception as error:
+                    broken.append(f"{spec.label} with {what}: does not compile: {error}"[-2000:])
         text = f"{len(module.AOT)} kernels for at most {len(ARCHITECTURES)} architectures, at most {most} registers"
         report(f"triton {stem}", "FAILED" if broken else "passed", "\n    ".join(broken) or text)

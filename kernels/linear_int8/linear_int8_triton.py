@@ -83,7 +83,7 @@ def _linear_int8(
             v *= tl.load(x_scale + row * x_scale_stride)[:, None]
         v *= tl.load(w_scale + column * w_scale_stride)[None, :]
         finish(
-            v, m, n, m < rows, n < columns, bias, residual, out, ld_residual, columns.to(tl.int64),
+            v, m, n, m < rows, n < columns, bias, residual, out, ld_residual, columns,
             inverse_out_scale, out_zero_point, ACTIVATION, POST_ACTIVATION,
         )  # fmt: skip
 

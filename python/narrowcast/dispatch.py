@@ -136,16 +136,38 @@ def available(op: str) -> dict[str, str]:
 # What is proven
 
 
+def _imported(path: Path, root: Path) -> Iterator[Path]:
+    """What a kernel source includes or imports of the other kernels."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        yield from (root / name for name in re.findall(r'^#include "([\w/.]+)"', text, re.M))
+        return
+    for dots, module, names in re.findall(r"^from (\.+)([\w.]*) import (.+)", text, re.M):
+        base = (path.parent if dots == "." else path.parent.parent).joinpath(*module.split("."))
+        yield base.with_suffix(".py")
+        yield from (base / f"{name}.py" for name in re.findall(r"\w+", names))
+
+
 def source_hash(op: str, backend: str) -> str | None:
-    """Of the kernels that serve an op: a proof holds for these bytes only. None where sources are not installed."""
-    patterns = {"triton": ["*_triton.py"], "cuda": ["*.cu", "*.cuh"]}[backend]
-    folders = [_folder(ROOM_OF[op]), _folder("common")]
-    files = sorted({f for folder in folders for p in patterns for f in folder.glob(p)}, key=lambda f: f.name)
-    if backend == "triton":
-        files += sorted(folders[1].glob("triton_*.py"))
-    if not any(f.parent == folders[0] for f in files):
+    """Of the kernels that serve an op, and of all they import: a proof holds for these bytes only.
+
+    None where the sources are not installed: wheels carry no CUDA sources.
+    """
+    room, root = _folder(ROOM_OF[op]), _folder("common").parent
+    module = triton_module(op) if backend == "triton" else None
+    waiting = [room / f"{module.rpartition('.')[2]}.py"] if module else []
+    if backend == "cuda":
+        waiting = list(room.glob("*.cu"))
+    seen: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in seen and path.is_file():
+            seen.add(path)
+            waiting += _imported(path, root)
+    if not seen:
         return None
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    contents = sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in seen)
+    return hashlib.sha256(b"".join(name.encode() + b"\0" + data for name, data in contents)).hexdigest()
 
 
 @functools.cache
