@@ -60,9 +60,11 @@ def compiled_for(spec, capability: int):
 
 
 def with_integers(spec, value):
-    """The specialisation with every integer argument of the launch replaced."""
-    is_integer = lambda v: spec.is_type(v) and re.match(r"[iu]\d", v)  # noqa: E731
-    arguments = {name: value if is_integer(v) else v for name, v in spec.arguments.items()}
+    """The specialisation with every size and stride of the launch replaced; a zero point is neither."""
+    arguments = {
+        name: value if spec.is_type(v) and re.match(r"[iu]\d", v) and "zero_point" not in name else v
+        for name, v in spec.arguments.items()
+    }
     return dataclasses.replace(spec, arguments=arguments)
 
 
