@@ -106,7 +106,7 @@ def run(report: Callable[[str, str, str], None], root: Path, cuobjdump: str | No
                 most = max(most, registers)
             for what, value in (("integers of 1", 1), ("64-bit integers", "i64")):
                 try:
-                    compiled_for(with_integers(spec, value), min(ARCHITECTURES))
+                    compiled_for(with_integers(spec, value), min(spec.architectures))
                 except Exception as error:
                     broken.append(f"{spec.label} with {what}: does not compile: {error}"[-2000:])
         text = f"{len(module.AOT)} kernels for at most {len(ARCHITECTURES)} architectures, at most {most} registers"

@@ -86,6 +86,30 @@ def _rows(
 
 
 @triton.jit
+def store_quantised(
+    values, first_row, rows, columns, first_group, groups, size, q, scale, findings,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile [ROWS, BLOCK] of float32 results, as quantize_int8 would store it; for kernels that quantise at their end.
+
+    A row of ``columns`` has ``groups`` of ``size`` elements, GROUP apart in the tile: size == GROUP, or one group a row.
+    """
+    per_row: tl.constexpr = BLOCK // GROUP
+    unit = tl.arange(0, ROWS * per_row)
+    row = (first_row + unit // per_row).to(tl.int64)
+    group = first_group + unit % per_row
+    in_units = (row < rows) & (group < groups)
+    column = tl.arange(0, GROUP)[None, :]
+    inside = in_units[:, None] & (column < size)
+    values = tl.where(inside, tl.reshape(values, (ROWS * per_row, GROUP)), 0.0)
+    _count(values, inside, findings)
+    s = scale_of(tl.max(tl.abs(_finite(values)), 1), 127.0)
+    tl.store(scale + row * groups + group, s, mask=in_units)
+    code = codes(values * inverse_of(s)[:, None], 0, -127, 127).to(tl.int8)
+    tl.store(q + (row * columns + group * size)[:, None] + column, code, mask=inside)
+
+
+@triton.jit
 def _static(
     x, q, findings, count, inverse, zero_point,
     LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,
