@@ -2,5 +2,6 @@
 
 from .compressed_tensors import write_compressed_tensors
 from .gguf import write_gguf
+from .onnx import write_onnx
 
-__all__ = ["write_compressed_tensors", "write_gguf"]
+__all__ = ["write_compressed_tensors", "write_gguf", "write_onnx"]
