@@ -60,9 +60,15 @@ def compiled_for(spec, capability: int):
 
 
 def with_integers(spec, value):
-    """The specialisation with every size and stride of the launch replaced; a zero point is neither."""
+    """The specialisation with every size and stride of the launch replaced; a zero point is neither.
+
+    What the kernel asks not to specialise never becomes a constant.
+    """
+    kept = {p.name for p in spec.kernel.params if value == 1 and p.do_not_specialize}
     arguments = {
-        name: value if spec.is_type(v) and re.match(r"[iu]\d", v) and "zero_point" not in name else v
+        name: value
+        if spec.is_type(v) and re.match(r"[iu]\d", v) and "zero_point" not in name and name not in kept
+        else v
         for name, v in spec.arguments.items()
     }
     return dataclasses.replace(spec, arguments=arguments)
