@@ -15,12 +15,13 @@ PACKAGE = ROOT / "python" / "narrowcast"
 KERNELS = ROOT / "kernels"
 
 #: A layer may import itself and what stands below it.
-LAYERS = ["kernels", "ops", "graph", "importers", "runtime", "compress", "cli"]
+LAYERS = ["kernels", "ops", "graph", "importers", "exporters", "runtime", "compress", "cli"]
 ALLOWED = {
     "kernels": set(),
     "ops": {"kernels"},
     "graph": {"ops", "kernels"},
     "importers": {"graph", "ops", "kernels"},
+    "exporters": {"graph", "ops", "kernels"},
     "runtime": {"importers", "graph", "ops", "kernels"},
     "compress": {"runtime", "importers", "graph", "ops", "kernels"},
     "cli": {"compress", "runtime", "importers", "graph", "ops", "kernels"},
