@@ -12,6 +12,7 @@ from torch import nn
 from narrowcast.errors import ArgumentError, Error, FormatError, UnsupportedError, VerificationError
 from narrowcast.graph import Graph, Plan
 from narrowcast.graph.passes import optimize
+from narrowcast.graph.report import layers_of
 from narrowcast.graph.serialize import from_json, to_json
 
 AUTO = torch.export.Dim.AUTO
@@ -224,3 +225,9 @@ def test_signature(plan, tmp_path):
     next(iter(again.graph.weights.values())).view(torch.uint8).view(-1)[0] ^= 1
     with pytest.raises(VerificationError, match="not signed with this key"):
         again.verify_signature(public)
+
+
+def test_layers_that_were_left_in_float_are_listed_too(plan):
+    rows = {row["name"]: row for row in layers_of(plan)}
+    assert {(r["op"], r["precision"]) for r in rows.values()} == {("linear", "float32")}
+    assert sorted(r["bytes"] for r in rows.values()) == [4 * (16 * 8 + 8), 4 * (16 * 8 + 16)]

@@ -58,10 +58,14 @@ def memory() -> None:
     cmake = cmake if cmake.exists() else Path("cmake")
     run(cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *(f"-D{k}={v}" for k, v in defines.items()))
     run(cmake, "--build", build, "-j", jobs(), "--target", "narrowcast_cpu")
-    runtime = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
+    # libstdc++ with it: Python does not link it, and the runtime must find what throws before it starts.
+    preload = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = {
         **os.environ,
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:abort_on_error=1",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "OMP_NUM_THREADS": "1",

@@ -14,16 +14,20 @@ from narrowcast.files import atomic_path
 from .plan import Plan
 from .serialize import target_name
 
+_LAYERS = ("linear", "conv2d", "linear_int8", "linear_dynamic_int8", "linear_grouped", "conv2d_int8")
 _COLOURS = {"int8": "#2a7ab0", "int4": "#c4661f", "float32": "#777777"}
 
 
 def layers_of(plan: Plan) -> list[dict[str, Any]]:
-    """A row per compressed layer: name, op, precision, bytes, sqnr_db (or None), why."""
+    """A row per layer: name, op, precision, bytes, sqnr_db (or None), why. First what compression looked at."""
     weights = plan.graph.weights
     rows = []
+    seen: set[str] = set()
     for entry in plan.record.get("layers", []):
         name = str(entry.get("name", ""))
-        size = sum(w.nbytes for key, w in weights.items() if key == name or key.startswith(f"{name}."))
+        own = [key for key in weights if key == name or key.startswith(f"{name}.")]
+        seen.update(own)
+        size = sum(weights[key].nbytes for key in own)
         rows.append(
             {
                 "name": name,
@@ -34,6 +38,21 @@ def layers_of(plan: Plan) -> list[dict[str, Any]]:
                 "why": entry.get("why", ""),
             }
         )
+    for node in plan.graph.calls():
+        op = target_name(node.target).removeprefix("narrowcast.").removesuffix(".default")
+        own = [str(x.target) for x in node.all_input_nodes if x.op == "get_attr" and x.target in weights]
+        if op in _LAYERS and own and not seen.intersection(own):
+            first = weights[own[0]]
+            rows.append(
+                {
+                    "name": str(node.meta.get("source") or own[0].rpartition(".")[0]),
+                    "op": op,
+                    "precision": str(first.dtype).removeprefix("torch."),
+                    "bytes": sum(weights[key].nbytes for key in own),
+                    "sqnr_db": None,
+                    "why": "",
+                }
+            )
     return rows
 
 
