@@ -45,8 +45,9 @@ def check(path, expected, bits, extra=lambda x: x, bias=None):
     assert len(list(plan.graph.calls(ops.linear_grouped.default))) == 1
     x = torch.randn(5, expected.shape[1])
     reference = torch.nn.functional.linear(extra(x), expected, bias)
-    for y in (Graph.from_exported(model.exported).run(x)[0], plan.graph.run(x)[0]):
-        assert float((y - reference).norm() / reference.norm()) < 1e-5
+    # linear_grouped keeps its inputs as 16-bit integers per row.
+    for graph, bound in ((Graph.from_exported(model.exported), 1e-5), (plan.graph, 1e-4)):
+        assert float((graph.run(x)[0] - reference).norm() / reference.norm()) < bound
 
 
 @pytest.mark.parametrize("how", ["MatMul", "Gemm", "Gemm transB", "Transpose"])
