@@ -53,6 +53,7 @@ sanitize: venv
 gates: venv
 	@$(PIP) install $$($(PY) tools/requirements.py triton)
 	@$(PY) tools/gates.py
+	@$(PY) -m pytest -q tests/test_triton.py
 
 bench: venv
 	@for script in bench/bench_*.py; do echo "$$script"; $(PY) "$$script" --quick; done
