@@ -10,7 +10,7 @@ SOURCES := $(shell find kernels python/narrowcast -name '*.cpp' -o -name '*.h' -
 # Without a visible GPU the CUDA library would only cost minutes of compilation.
 export NARROWCAST_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
 
-.PHONY: venv dev demo test test-abi hostile sanitize gates bench lint format clean
+.PHONY: venv dev demo test test-abi hostile sanitize gates gpu bench lint format clean
 
 venv: $(VENV)/.built
 
@@ -54,6 +54,10 @@ gates: venv
 	@$(PIP) install $$($(PY) tools/requirements.py triton)
 	@$(PY) tools/gates.py
 	@$(PY) -m pytest -q tests/test_triton.py
+
+# On a machine with a GPU, in the environment whose torch sees it: make gpu STAGE=correctness PYTHON=python3
+gpu:
+	@$(PYTHON) tools/gpu.py $(STAGE)
 
 bench: venv
 	@for script in bench/bench_*.py; do echo "$$script"; $(PY) "$$script" --quick; done

@@ -1,0 +1,1 @@
+"""What only a GPU can show; tools/gpu.py runs it."""
