@@ -34,7 +34,7 @@ def compress(
     with output.progress(quiet=json) as report:
         plan = narrowcast.compress(
             source, recipe=recipe, data=data, budget=budget, kv_cache=kv_cache, device=device, seed=seed,
-            progress=report,
+            progress=report, work=out.with_name(f".{out.name}.work"),
         )  # fmt: skip
         plan.save(out)
     summary = {

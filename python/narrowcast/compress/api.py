@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowcast._version import __version__
 from narrowcast.errors import ArgumentError, UnsupportedError
 from narrowcast.graph import Graph, Plan
 from narrowcast.graph.passes import optimize
@@ -25,7 +26,9 @@ from .calibrate import collect, decoder_inputs, text_batches, token_windows
 from .cnn import quantize_cnn
 from .default_text import PASSAGES
 from .kv_cache import quantize_kv_cache
-from .transformer import Decision, quantize_grouped, quantize_int8
+from .sequential import round_in_sequence
+from .transformer import Decision, int4_targets, quantize_grouped, quantize_int8
+from .work_folder import WorkFolder, fingerprint
 
 ops = torch.ops.narrowcast
 
@@ -34,7 +37,11 @@ RECIPES = ("native", "fp32", "int8", "int8-weight", "int4")
 AUTO = {"decoder": ("int4", "int8", "int8-weight", "fp32"), "encoder": ("int4", "int8", "int8-weight", "fp32"),
         "image": ("int8", "fp32"), "generic": ("fp32",)}  # fmt: skip
 
-CALIBRATION_WINDOWS, WINDOW = 8, 512
+#: Windows of text for statistics of a layer's inputs, and for GPTQ, which needs more; windows held out.
+STATISTICS_WINDOWS, CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 8, 24, 3
+WINDOW = 512  #: tokens
+#: For int4 the weights lose more than int8 activations in groups do, and products of integers are much faster.
+INT4_ACTIVATION_BITS = 8
 Progress = Callable[[str, int, int], Any]
 
 
@@ -50,13 +57,15 @@ def compress(
     device: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    work: str | Path | None = None,
     **options: Any,
 ) -> Plan:
     """Compresses a model and measures what that cost.
 
     model: whatever :func:`narrowcast.importers.load_model` takes (options go there), or its result.
     recipe: "native" (the file's own codes), "fp32", "int8" (W8A8), "int8-weight" (int8 in groups, float
-        activations), "int4" (int4 in groups of 32), or "auto" (the smallest of these within ``budget``).
+        activations), "int4" (int4 in groups of 32 by GPTQ, int8 activations), or "auto" (the smallest of these
+        within ``budget``).
     data: for language models and encoders a text, a list of texts or a path of a text file; for image models
         a tensor [N, 3, H, W] as the model takes it, or a folder of pictures. A fifth is held out and measured.
         None: a few bundled passages for text; image models need data for "int8".
@@ -65,6 +74,8 @@ def compress(
     kv_cache: "float", or "int8" for a decoder's cache.
     group_size: of weights along K for the grouped recipes (default 32); of activations for "int8" (default 64).
     keep_float: names of layers that stay in float.
+    work: a folder where "int4" keeps finished layers; a run that was cut short goes on from there and ends with
+        the same plan, bit for bit. It is deleted when the plan is made.
 
     Raises ArgumentError for an unknown recipe or unusable data, UnsupportedError when a recipe does not apply
     to this kind of model.
@@ -87,7 +98,9 @@ def compress(
     attempts = AUTO[imported.kind] if recipe == "auto" else (recipe,)
     tried = []
     for attempt in attempts:
-        plan = _compress(imported, fused, held, attempt, kv_cache, group_size, set(keep_float), progress)
+        plan = _compress(
+            imported, fused, held, attempt, kv_cache, group_size, set(keep_float), progress, work
+        )
         loss = plan.certificate["loss"]
         tried.append({"recipe": attempt, "loss": loss})
         if budget is None or loss is None or loss <= budget:
@@ -143,8 +156,8 @@ class Data:
             raise ArgumentError("data cannot be used: this model has no tokenizer")
         text = "\n\n".join(self._texts(data))
         bos = self.model.config.get("bos_token_id")
-        windows = token_windows(text, self.tokenizer, bos, WINDOW, CALIBRATION_WINDOWS + 3)
-        keep = max(1, len(windows) // 5)
+        windows = token_windows(text, self.tokenizer, bos, WINDOW, CALIBRATION_WINDOWS + HELD_OUT_WINDOWS)
+        keep = min(max(1, len(windows) // 5), HELD_OUT_WINDOWS)
         self.windows = windows[-keep:]
         calibration = windows[:-keep] or windows
         self.calibration = [decoder_inputs(graph, w) for w in calibration]
@@ -188,10 +201,10 @@ class Data:
 
 def _compress(
     model: Model, fused: Graph, data: Data, recipe: str, kv_cache: str, group_size: int | None,
-    keep_float: set[str], progress: Progress | None,
+    keep_float: set[str], progress: Progress | None, work: str | Path | None,
 ) -> Plan:  # fmt: skip
     graph = fused.clone()
-    decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress)
+    decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress, work)
     unknown = keep_float - {d.name for d in decisions}
     if unknown:
         names = ", ".join(sorted(d.name for d in decisions)[:8])
@@ -206,7 +219,7 @@ def _compress(
     graph.fx.lint()
     graph.native = {}
     warnings = list(data.warnings)
-    warnings += [f"layer {d.name}: {d.why}" for d in decisions if d.why.startswith("no calibration")]
+    warnings += [f"layer {d.name}: {note}" for d in decisions for note in d.notes]
     plan = Plan(
         graph,
         model.kind,
@@ -230,7 +243,7 @@ def _compress(
 
 def _apply(
     graph: Graph, model: Model, data: Data, recipe: str, group_size: int | None, keep_float: set[str],
-    progress: Progress | None,
+    progress: Progress | None, work: str | Path | None,
 ) -> list[Decision]:  # fmt: skip
     for name, weight in graph.weights.items():
         if weight.is_floating_point() and weight.isnan().any():
@@ -250,23 +263,45 @@ def _apply(
         raise UnsupportedError(f"recipe {recipe} is for language models and encoders; use int8 or fp32")
     else:
         decisions = []
+    size = group_size or 32
+    if recipe != "int8" and size % 32:
+        raise ArgumentError(f"group_size must be a multiple of 32, got {size}")
+    if recipe == "int4" and data.calibration:
+        return _int4(graph, data, size, keep_float, progress, work)
     layers = list(graph.calls(ops.linear.default))
     needs_data = recipe != "native" and layers and data.calibration
-    statistics = collect(graph, layers, data.calibration, data.valid, progress) if needs_data else {}
+    few = data.calibration[:STATISTICS_WINDOWS] if model.kind == "decoder" else data.calibration
+    statistics = collect(graph, layers, few, data.valid, progress) if needs_data else {}
     if recipe == "int8":
         return decisions + quantize_int8(
             graph, statistics, 64 if group_size is None else group_size, keep_float
         )
-    size = group_size or 32
-    if size % 32:
-        raise ArgumentError(f"group_size must be a multiple of 32, got {size}")
     bits = 8 if recipe == "int8-weight" else 4
-    # A file's own weights are run as they are, with 16-bit activations: nothing is lost but rounding. For int4
-    # the weights lose more than int8 activations in groups do, and products of integers are much faster.
-    activation_bits = 8 if recipe == "int4" else 16
+    # A file's own weights are run as they are, with 16-bit activations: nothing is lost but rounding.
+    activation_bits = INT4_ACTIVATION_BITS if recipe == "int4" else 16
     return quantize_grouped(
         graph, statistics, bits, size, activation_bits, keep_float, native=recipe == "native"
     )
+
+
+def _int4(
+    graph: Graph, data: Data, group_size: int, keep_float: set[str], progress: Progress | None,
+    work: str | Path | None,
+) -> list[Decision]:  # fmt: skip
+    targets = int4_targets(graph, group_size, INT4_ACTIVATION_BITS, keep_float)
+    folder = None
+    if work is not None:
+        about = {
+            "version": __version__, "weights": fingerprint(graph.weights), "data": data.hash,
+            "seed": data.seed, "batches": len(data.calibration), "group_size": group_size,
+            "layers": [t.name for t in targets.values()],
+        }  # fmt: skip
+        folder = WorkFolder(work, about)
+    rounded = round_in_sequence(graph, targets, data.calibration, data.valid, progress, folder)
+    decisions = quantize_grouped(graph, {}, 4, group_size, INT4_ACTIVATION_BITS, keep_float, rounded=rounded)
+    if folder is not None:
+        folder.remove()
+    return decisions
 
 
 def _certify(plan: Plan, fused: Graph, data: Data) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +15,8 @@ from narrowcast.graph.passes.match import Layer, calls
 
 from . import embedding
 from .calibrate import Statistics
+from .gptq import INT4, INT4_SYMMETRIC, Rounded
+from .sequential import Target
 from .weights import grouped, int8_rows, sqnr_db
 
 aten = torch.ops.aten
@@ -32,6 +36,9 @@ class Decision:
     alpha: float | None = None
     group_size: int = 0
     why: str = ""
+    damping: float | None = None  #: what GPTQ added to the diagonal of the Hessian, relative to its mean
+    dead: int = 0  #: inputs that were zero in all of the calibration data
+    notes: list[str] = field(default_factory=list)  #: what a user should know of; become warnings
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -197,7 +204,7 @@ def quantize_int8(
             ours = ours if correction is None else ours + correction
             decision.sqnr_db = sqnr_db(reference, ours)
         else:
-            decision.why = "no calibration data reached it"
+            decision.notes.append("no calibration data reached it")
         decisions.append(decision)
         arguments = (
             layer["x"], parts["q"], parts["scale"], bias, layer["activation"], layer["residual"],
@@ -227,6 +234,25 @@ def _rows(graph: Graph, name: str, weight: Int8Weight, before: fx.Node) -> embed
 # --- weights in groups ----------------------------------------------------------------------------
 
 
+def int4_targets(
+    graph: Graph, group_size: int, activation_bits: int, keep_float: set[str], symmetric: bool = False
+) -> dict[fx.Node, Target]:
+    """The dense layers whose weights quantize_grouped makes int4, for round_in_sequence."""
+    tables = {node.args[0].target for node in embedding.large_tables(graph)}
+    grid = INT4_SYMMETRIC if symmetric else INT4
+    targets = {}
+    for node in graph.calls(ops.linear.default):
+        layer = Layer(node)
+        name, depth = layer_name(layer), graph.weight(layer["weight"]).shape[1]
+        if name not in keep_float and layer["weight"].target not in tables and depth % 32 == 0:
+            targets[node] = Target(name, grid, fitting_group(depth, group_size), activation_bits)
+    return targets
+
+
+def fitting_group(depth: int, wanted: int) -> int:
+    return wanted if depth % wanted == 0 else 32
+
+
 def quantize_grouped(
     graph: Graph,
     statistics: dict[fx.Node, Statistics],
@@ -237,8 +263,13 @@ def quantize_grouped(
     *,
     native: bool = False,
     symmetric: bool = False,
+    rounded: Mapping[fx.Node, Rounded] = MappingProxyType({}),
 ) -> list[Decision]:
-    """Every dense layer becomes linear_grouped. native: by the file's own codes where it has them."""
+    """Every dense layer becomes linear_grouped.
+
+    native: by the file's own codes where it has them. rounded: layers whose weights round_in_sequence has
+    made; the others go to the nearest code under scales that their ``statistics`` ask for.
+    """
     decisions = []
     shared: dict[str, tuple[dict, GroupedWeight]] = {}
     tables = {node.args[0].target for node in embedding.large_tables(graph)}
@@ -257,20 +288,26 @@ def quantize_grouped(
             continue
         found = statistics.get(node)
         importance = found.square if found is not None and found.rows else None
-        if native:
+        made = rounded.get(node)
+        if made is not None:
+            quantised = made.weight()
+        elif native:
             quantised = own
         elif layer["weight"].target in tables:
             # A table that is gathered as well stays at 8 bits: its rows are the model's first layer.
             exact = isinstance(own, GroupedWeight) and own.bits == 8 and not _why_float(own, weight, True)
             quantised = own if exact and own.columns is None else grouped(weight, 8, 32)
         else:
-            size = group_size if weight.shape[1] % group_size == 0 else 32
+            size = fitting_group(weight.shape[1], group_size)
             quantised = grouped(weight, bits, size, importance, symmetric)
         parts = _groups(graph, name, quantised, node)
         shared[layer["weight"].target] = (parts, quantised)
         decision = Decision(name, "linear_grouped", f"int{quantised.bits}", group_size=quantised.group_size)
         decision.why = "the file's own codes" if quantised is own else ""
-        if importance is not None:
+        if made is not None:
+            decision.damping, decision.dead, decision.notes = made.damping, made.dead, list(made.notes)
+            decision.sqnr_db = made.sqnr_db
+        elif importance is not None:
             reference = found.sample @ weight.float().t()
             decision.sqnr_db = sqnr_db(reference, found.sample @ quantised.dequantize().t())
         decisions.append(decision)

@@ -204,7 +204,7 @@ class Graph:
             names = ", ".join(node.target for node in placeholders)
             raise ArgumentError(f"expected {len(placeholders)} inputs ({names}), got {len(inputs)}")
         values: dict[fx.Node, Any] = dict(zip(placeholders, inputs))
-        last_use = _last_uses(self.fx)
+        last_use = last_uses(self.fx)
         for node in self.fx.nodes:
             if node.op == "get_attr":
                 values[node] = self.weights[node.target]
@@ -231,7 +231,8 @@ def is_size_call(node: fx.Node) -> bool:
     )
 
 
-def _last_uses(nodes: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(nodes: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the nodes whose values nothing needs after it."""
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes.nodes:
         for used in node.all_input_nodes:

@@ -1,10 +1,11 @@
-// _runtime: builds and inspects programs from Python. Tensors arrive as addresses, so that no torch
-// header is needed and one binary serves every torch release.
+// _runtime: builds and inspects programs from Python, and rounds weights for compression. Tensors
+// arrive as addresses, so that no torch header is needed and one binary serves every torch release.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "common/tensor.h"
 #include "executor.h"
+#include "rounding.h"
 
 namespace py = pybind11;
 using namespace narrowcast;
@@ -62,6 +63,28 @@ Step callback(const std::string& node, py::function function) {
   };
 }
 
+template <class T>
+T* address(uintptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+// The caller (compress/gptq.py) has checked shapes and dtypes.
+RoundedLayer rounded_layer(int64_t rows, int64_t columns, int64_t group, int low, int high,
+                           bool zero_point, bool half, uintptr_t weight, uintptr_t scale,
+                           uintptr_t offset, uintptr_t codes) {
+  return {rows,
+          columns,
+          group,
+          low,
+          high,
+          zero_point,
+          half,
+          address<const float>(weight),
+          address<float>(scale),
+          address<float>(offset),
+          address<int8_t>(codes)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_runtime, m) {
@@ -103,4 +126,24 @@ PYBIND11_MODULE(_runtime, m) {
         p.run_timed(seconds);
         return seconds;
       });
+  py::class_<RoundedLayer>(m, "RoundedLayer").def(py::init(&rounded_layer));
+  const py::call_guard<py::gil_scoped_release> without_gil;
+  m.def(
+      "search_scales",
+      [](const RoundedLayer& layer, uintptr_t importance) {
+        search_scales(layer, address<const float>(importance));
+      },
+      without_gil);
+  m.def(
+      "round_in_order",
+      [](const RoundedLayer& layer, uintptr_t order, uintptr_t feed) {
+        round_in_order(layer, address<const int32_t>(order), address<const float>(feed));
+      },
+      without_gil);
+  m.def(
+      "refine",
+      [](const RoundedLayer& layer, uintptr_t order, uintptr_t hessian, int64_t passes) {
+        refine(layer, address<const int32_t>(order), address<const float>(hessian), passes);
+      },
+      without_gil);
 }

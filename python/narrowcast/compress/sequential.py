@@ -1,0 +1,154 @@
+"""Layers rounded one after the other, each for the inputs that the layers before it, already rounded, hand it.
+
+The graph runs once, node by node, with all calibration batches side by side: at a dense layer its inputs are
+there for every batch, the weight is rounded for them, and what the rounded layer makes of them goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from narrowcast.graph import Graph
+from narrowcast.graph.ir import last_uses
+from narrowcast.graph.passes.match import Layer
+
+from .gptq import Grid, Rounded, round_weight
+from .work_folder import WorkFolder
+
+ops = torch.ops.narrowcast
+
+Valid = Callable[[tuple[Tensor, ...]], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a layer is to be rounded."""
+
+    name: str
+    grid: Grid
+    group_size: int
+    activation_bits: int
+
+
+class Batches:
+    """The values of a graph's nodes for every batch; kept from where they are made to their last use."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[tuple[Tensor, ...]]):
+        self.graph, self.inputs = graph, inputs
+        self.position = {node: index for index, node in enumerate(graph.inputs)}
+        self.values: list[dict[fx.Node, Any]] = [{} for _ in inputs]
+        self.last = last_uses(graph.fx)
+
+    def of(self, node: fx.Node, index: int) -> Any:
+        if node.op == "get_attr":
+            return self.graph.weights[node.target]
+        values = self.values[index]
+        if node.op == "placeholder" and node not in values:
+            # A copy, made late: caches are written to, and each lives for one layer only.
+            values[node] = self.inputs[index][self.position[node]].clone()
+        return values[node]
+
+    def arguments(self, node: fx.Node, index: int) -> tuple[tuple, dict]:
+        value = lambda n: self.of(n, index)  # noqa: E731
+        return fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+
+    def run(self, node: fx.Node) -> None:
+        for index, values in enumerate(self.values):
+            args, kwargs = self.arguments(node, index)
+            values[node] = node.target(*args, **kwargs)
+
+    def forget(self, node: fx.Node) -> None:
+        """Drops what ``node`` was the last to use."""
+        for dead in self.last.get(node, ()):
+            for values in self.values:
+                values.pop(dead, None)
+
+
+@torch.no_grad()
+def round_in_sequence(
+    graph: Graph,
+    targets: dict[fx.Node, Target],
+    inputs: Sequence[tuple[Tensor, ...]],
+    valid: Valid = lambda inputs: None,
+    progress: Callable[[str, int, int], Any] | None = None,
+    work: WorkFolder | None = None,
+) -> dict[fx.Node, Rounded]:
+    """Rounds the weights of ``targets``, which are calls of ``narrowcast.linear``; changes nothing.
+
+    valid(inputs): a boolean tensor [B, S] of rows that count (padding does not), or None. work: where finished
+    layers are kept, and taken from when a run was cut short.
+    """
+    masks = [valid(batch) for batch in inputs]
+    batches = Batches(graph, inputs)
+    rounded: dict[fx.Node, Rounded] = {}
+    for node in graph.fx.nodes:
+        if len(rounded) == len(targets) or node.op == "output":
+            break
+        if node.op != "call_function":
+            continue
+        target = targets.get(node)
+        if target is None:
+            batches.run(node)
+        else:
+            result = work.load(len(rounded), target) if work is not None else None
+            if result is None:
+                result = _round(node, target, batches, masks)
+                if work is not None:
+                    work.save(len(rounded), target, result)
+            rounded[node] = result
+            if len(rounded) < len(targets):
+                _run_rounded(node, result, target, batches)
+            if progress is not None:
+                progress("rounding", len(rounded), len(targets))
+        batches.forget(node)
+    return rounded
+
+
+def _as_multiplied(x: Tensor, target: Target) -> Tensor:
+    """Rows [R, K] as ``linear_grouped`` multiplies them."""
+    if target.activation_bits == 16:
+        return x.float()
+    block = math.gcd(target.group_size, 128)  # inputs that share a scale
+    q, scale = ops.quantize_int8(x, block)
+    return ops.dequantize_int8(q, scale, None, block)
+
+
+def _round(node: fx.Node, target: Target, batches: Batches, masks: list[Tensor | None]) -> Rounded:
+    layer = Layer(node)
+    weight = batches.graph.weight(layer["weight"])
+    k = weight.shape[1]
+    hessian, rows, left_out = torch.zeros(k, k), 0, 0
+    for index, mask in enumerate(masks):
+        x = batches.of(layer["x"], index)
+        if mask is not None and x.shape[:-1] == mask.shape:
+            x = x[mask]
+        x = x.reshape(-1, k)
+        finite = x.isfinite().all(1)
+        if not finite.all():
+            left_out += int((~finite).sum())
+            x = x[finite]
+        x = _as_multiplied(x, target)
+        hessian.addmm_(x.t(), x)
+        rows += x.shape[0]
+    result = round_weight(weight, hessian / rows if rows else None, target.grid, target.group_size)
+    if left_out:
+        result.notes.append(f"{left_out} of its input rows were not finite and were left out")
+    return result
+
+
+def _run_rounded(node: fx.Node, result: Rounded, target: Target, batches: Batches) -> None:
+    weight = result.weight()
+    layer = Layer(node)
+    for index, values in enumerate(batches.values):
+        of = lambda part: batches.of(part, index) if isinstance(part, fx.Node) else part  # noqa: B023, E731
+        values[node] = ops.linear_grouped(
+            of(layer["x"]), weight.packed, weight.scale, weight.offset, weight.group_size, weight.bits,
+            of(layer["bias"]), layer["activation"], of(layer["residual"]), layer["out_dtype"],
+            activation_bits=target.activation_bits, post_activation=layer["post_activation"],
+        )  # fmt: skip
