@@ -91,18 +91,36 @@ def test_later_layers_make_up_for_earlier_ones(graph):
     assert len(targets) == 4
     train, test = batches(12), batches(3)
     rounded = round_in_sequence(graph, targets, train)
-    errors = {}
-    for name, layers in {"gptq": rounded, "nearest": {}}.items():
-        copy = graph.clone()
-        nodes = dict(
-            zip(
-                graph.calls(torch.ops.narrowcast.linear.default),
-                copy.calls(torch.ops.narrowcast.linear.default),
-            )
-        )
-        quantize_grouped(copy, {}, 4, 32, 16, set(), rounded={nodes[n]: r for n, r in layers.items()})
-        errors[name] = sum((copy.run(*x)[0] - graph.run(*x)[0]).square().sum().item() for x in test)
-    assert errors["gptq"] < 0.5 * errors["nearest"]
+    error = lambda layers: output_error(graph, layers, test)  # noqa: E731
+    assert error(rounded) < 0.5 * error({})
+
+
+def output_error(graph, rounded, inputs) -> float:
+    """Of the graph with these layers rounded, and the others to the nearest codes."""
+    linear = torch.ops.narrowcast.linear.default
+    copy = graph.clone()
+    nodes = dict(zip(graph.calls(linear), copy.calls(linear)))
+    quantize_grouped(copy, {}, 4, 32, 16, set(), rounded={nodes[n]: r for n, r in rounded.items()})
+    return sum((copy.run(*x)[0] - graph.run(*x)[0]).square().sum().item() for x in inputs)
+
+
+def test_few_rows_are_not_learnt_by_heart(graph, monkeypatch):
+    targets, few = int4_targets(graph, 32, 8, set()), [batches(1, rows=2, length=20)[0]]
+    called = []
+    monkeypatch.setattr(sequential, "_made_up", lambda h, m: called.append(1) or torch.zeros_like(m))
+    round_in_sequence(graph, targets, few)  # 40 rows for 64 and 96 inputs
+    assert not called
+    round_in_sequence(graph, targets, batches(5, rows=8, length=10))  # 400
+    assert len(called) == len(targets)
+
+
+def test_made_up_is_the_least_squares_change():
+    x, weight = torch.randn(600, 32), torch.randn(8, 32)
+    aim = x @ weight.t() + 0.01 * torch.randn(600, 8)
+    wrong = weight + 0.3 * torch.randn(8, 32)
+    hessian, missing = x.t() @ x / 600, (aim - x @ wrong.t()).t() @ x / 600
+    change = sequential._made_up(hessian, missing)
+    assert (wrong + change - weight).norm() < 0.05 * (wrong - weight).norm()
 
 
 def test_padding_does_not_count(graph):

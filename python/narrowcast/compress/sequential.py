@@ -1,7 +1,9 @@
 """Layers rounded one after the other, each for the inputs that the layers before it, already rounded, hand it.
 
 The graph runs once, node by node, with all calibration batches side by side: at a dense layer its inputs are
-there for every batch, the weight is rounded for them, and what the rounded layer makes of them goes on.
+there for every batch, the weight is rounded for them, and what the rounded layer makes of them goes on. The
+float graph runs beside it, and its outputs are the aim: a layer makes up, as far as it can, for what those
+before it lost, its residual included.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from .gptq import Grid, Rounded, round_weight
 from .work_folder import WorkFolder
 
 ops = torch.ops.narrowcast
+
+#: A layer makes up for those before it only with this many rows of calibration data per input, or it would learn
+#: the data by heart; and with this much added to the diagonal of the Hessian, relative to its mean.
+ROWS_PER_INPUT, RIDGE = 4, 0.01
 
 Valid = Callable[[tuple[Tensor, ...]], Tensor | None]
 
@@ -85,7 +91,7 @@ def round_in_sequence(
     layers are kept, and taken from when a run was cut short.
     """
     masks = [valid(batch) for batch in inputs]
-    batches = Batches(graph, inputs)
+    batches, aims = Batches(graph, inputs), Batches(graph, inputs)
     rounded: dict[fx.Node, Rounded] = {}
     for node in graph.fx.nodes:
         if len(rounded) == len(targets) or node.op == "output":
@@ -93,12 +99,14 @@ def round_in_sequence(
         if node.op != "call_function":
             continue
         target = targets.get(node)
+        if target is None or len(rounded) + 1 < len(targets):
+            aims.run(node)
         if target is None:
             batches.run(node)
         else:
             result = work.load(len(rounded), target) if work is not None else None
             if result is None:
-                result = _round(node, target, batches, masks)
+                result = _round(node, target, batches, aims, masks)
                 if work is not None:
                     work.save(len(rounded), target, result)
             rounded[node] = result
@@ -107,6 +115,7 @@ def round_in_sequence(
             if progress is not None:
                 progress("rounding", len(rounded), len(targets))
         batches.forget(node)
+        aims.forget(node)
     return rounded
 
 
@@ -119,27 +128,58 @@ def _as_multiplied(x: Tensor, target: Target) -> Tensor:
     return ops.dequantize_int8(q, scale, None, block)
 
 
-def _round(node: fx.Node, target: Target, batches: Batches, masks: list[Tensor | None]) -> Rounded:
+def _round(
+    node: fx.Node, target: Target, batches: Batches, aims: Batches, masks: list[Tensor | None]
+) -> Rounded:
     layer = Layer(node)
-    weight = batches.graph.weight(layer["weight"])
-    k = weight.shape[1]
-    hessian, rows, left_out = torch.zeros(k, k), 0, 0
+    weight = batches.graph.weight(layer["weight"]).float()
+    n, k = weight.shape
+    # Where nothing stands between product and residual, the product can make up for the residual as well.
+    residual = layer["residual"] if layer["activation"] == "none" else None
+    hessian = torch.zeros(k, k)
+    missing = torch.zeros(k if residual is None else n, k)  # E[(aim - input) input^T], or of the outputs
+    rows, left_out = 0, 0
     for index, mask in enumerate(masks):
-        x = batches.of(layer["x"], index)
-        if mask is not None and x.shape[:-1] == mask.shape:
-            x = x[mask]
-        x = x.reshape(-1, k)
-        finite = x.isfinite().all(1)
+        x, aim = (_rows(b.of(layer["x"], index), mask) for b in (batches, aims))
+        finite = x.isfinite().all(1) & aim.isfinite().all(1)
         if not finite.all():
             left_out += int((~finite).sum())
-            x = x[finite]
+            x, aim = x[finite], aim[finite]
         x = _as_multiplied(x, target)
+        lost = aim - x
+        if residual is not None:
+            ours, theirs = (_rows(b.of(residual, index), mask)[finite] for b in (batches, aims))
+            lost = torch.addmm(theirs.float() - ours, lost, weight.t())
         hessian.addmm_(x.t(), x)
+        missing.addmm_(lost.t(), x)
         rows += x.shape[0]
-    result = round_weight(weight, hessian / rows if rows else None, target.grid, target.group_size)
+    usable = rows > 0 and bool(hessian.diagonal().any())
+    if usable:
+        hessian /= rows
+    if usable and rows >= ROWS_PER_INPUT * k:
+        missing /= rows
+        weight = weight + _made_up(hessian, missing if residual is not None else weight @ missing)
+    result = round_weight(weight, hessian if usable else None, target.grid, target.group_size)
     if left_out:
         result.notes.append(f"{left_out} of its input rows were not finite and were left out")
     return result
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows [R, K] of [.., K] that count."""
+    if mask is not None and x.shape[:-1] == mask.shape:
+        x = x[mask]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _made_up(hessian: Tensor, missing: Tensor) -> Tensor:
+    """The change of a weight [N, K] that brings its outputs closest to their aim: missing (H + ridge)^-1."""
+    ridge = hessian.double()
+    ridge.diagonal().add_(RIDGE * ridge.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(ridge)
+    if failed:
+        return torch.zeros_like(missing)
+    return torch.cholesky_solve(missing.double().t(), factor).t().float()
 
 
 def _run_rounded(node: fx.Node, result: Rounded, target: Target, batches: Batches) -> None:
