@@ -209,6 +209,14 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
       "_linear_grouped_cuda(Tensor x, Tensor packed, Tensor scale, Tensor? offset, int group_size, "
       "int bits, Tensor? bias, str activation, Tensor? residual, ScalarType? out_dtype, str "
       "post_activation) -> Tensor");
+  m.def(
+      "_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, float? scale, bool causal, "
+      "int window, float softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sinks) -> "
+      "Tensor");
+  m.def(
+      "_attention_lse_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, float? scale, bool "
+      "causal, int window, float softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
+      "sinks) -> (Tensor out, Tensor lse)");
   m.def("_rms_norm_cuda(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def(
       "_add_rms_norm_cuda(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, "

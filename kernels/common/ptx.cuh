@@ -189,6 +189,17 @@ NC_DEVICE uint16_t bfloat16_bits(float v) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v));
   return h;
 }
+// Two of them, the first in the low half. [Data Movement: cvt]
+NC_DEVICE uint32_t pack_f16x2(float low, float high) {
+  uint32_t v;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+NC_DEVICE uint32_t pack_bf16x2(float low, float high) {
+  uint32_t v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
 NC_DEVICE float float_of_float16(uint16_t h) {
   float v;
   asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h));

@@ -90,6 +90,23 @@ def mutate(source: str) -> tuple[str, list[Mutant]]:
     return head + "\n".join(lines) + "\n", mutants
 
 
+def with_headers(kernel: Path) -> str:
+    """The kernel file with the device headers of its room in place: they hold its loops."""
+
+    def inside(match: re.Match[str]) -> str:
+        path = kernel.parents[1] / match[1]
+        return (
+            expanded(path.read_text().replace("#pragma once\n", ""))
+            if path.parent == kernel.parent
+            else match[0]
+        )
+
+    def expanded(text: str) -> str:
+        return re.sub(r'#include "(\w+/\w+\.cuh)"', inside, text)
+
+    return expanded(kernel.read_text())
+
+
 def caught(program: Path, mutant: int) -> bool:
     try:
         done = subprocess.run(
@@ -106,7 +123,7 @@ def caught(program: Path, mutant: int) -> bool:
 def run(name: str) -> tuple[int, list[Mutant]]:
     """Number of mutants of the room ``name``, and those that no test noticed."""
     (kernel,) = build.PROGRAMS[name][0]
-    source, mutants = mutate((build.ROOT / "kernels" / kernel).read_text())
+    source, mutants = mutate(with_headers(build.ROOT / "kernels" / kernel))
     build.BUILD.mkdir(parents=True, exist_ok=True)
     path = build.BUILD / f"{name}_mutants.cpp"
     path.write_text(source)

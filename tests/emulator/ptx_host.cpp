@@ -255,6 +255,12 @@ void atomic_add(int64_t* p, int64_t v) {
 
 uint16_t float16_bits(float v) { return to_float16(v); }
 uint16_t bfloat16_bits(float v) { return to_bfloat16(v); }
+uint32_t pack_f16x2(float low, float high) {
+  return to_float16(low) | uint32_t{to_float16(high)} << 16;
+}
+uint32_t pack_bf16x2(float low, float high) {
+  return to_bfloat16(low) | uint32_t{to_bfloat16(high)} << 16;
+}
 float float_of_float16(uint16_t h) { return from_float16(h); }
 float float_of_bfloat16(uint16_t h) { return from_bfloat16(h); }
 

@@ -88,6 +88,8 @@ void atomic_add(int64_t* p, int64_t v);
 
 uint16_t float16_bits(float v);
 uint16_t bfloat16_bits(float v);
+uint32_t pack_f16x2(float low, float high);
+uint32_t pack_bf16x2(float low, float high);
 float float_of_float16(uint16_t h);
 float float_of_bfloat16(uint16_t h);
 inline uint32_t bits_of_float(float v) { return __builtin_bit_cast(uint32_t, v); }

@@ -197,6 +197,9 @@ void run_halves() {
     return to(low) | uint32_t{to(high)} << 16;
   };
   require(ptx::permute_bytes(0x33221100u, 0x77665544u, 0x7041) == 0x77004411u, "wrong bytes");
+  require(ptx::pack_f16x2(1.5f, -2049.0f) == two(1.5f, -2048.0f, to_float16) &&
+              ptx::pack_bf16x2(257.0f, -3.0f) == two(256.0f, -3.0f, to_bfloat16),
+          "wrong pair");
   // A sum just over the middle of two neighbours, by less than float32 holds: it is rounded once.
   const float tiny = 1.0f / (1 << 14);
   require(ptx::fma_f16x2(two(1039, tiny, to_float16), two(1, tiny, to_float16),
