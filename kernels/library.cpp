@@ -217,6 +217,10 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
       "_attention_lse_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, float? scale, bool "
       "causal, int window, float softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
       "sinks) -> (Tensor out, Tensor lse)");
+  m.def(
+      "_attention_decode_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? "
+      "k_scale, Tensor? v_scale, float? scale, int window, float softcap, Tensor? block_table, "
+      "Tensor? sinks) -> Tensor");
   m.def("_rms_norm_cuda(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def(
       "_add_rms_norm_cuda(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, "

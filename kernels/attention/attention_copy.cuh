@@ -46,6 +46,11 @@ __device__ __forceinline__ int place(int row, int chunk) {
   return kDepth == 32 ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7);
 }
 
+// A number read on the device, within 0 .. most.
+__device__ __forceinline__ int inside(int v, int64_t most) {
+  return v < 0 ? 0 : v > most ? static_cast<int>(most) : v;
+}
+
 // The page, or the sequence, of a row of k or v, and the row in it.
 struct CacheRow {
   int64_t outer, row;
@@ -66,7 +71,8 @@ __device__ __forceinline__ void copy_chunk(void* to, const void* row, int64_t fr
   const int64_t left = row ? depth - from : 0;
   const char* source = static_cast<const char*>(row) + from * kBytes;
   if (aligned) {
-    ptx::cp_async_16(to, left > 0 ? source : somewhere, left > 0 ? 16 : 0);
+    const int bytes = left > 0 ? 16 : 0;
+    ptx::cp_async_16(to, bytes ? source : somewhere, bytes);
   } else {
     ptx::Words4 words = {};
 #pragma unroll

@@ -25,27 +25,24 @@ namespace {
 template <DType kType, int kDepth>
 using Tile = AttentionTile<kType, kDepth, 4, 1, false>;
 
-// Blocks of one K/V head: of each sequence its own, or where lengths are only known on the device,
-// at most so many.
-__device__ __forceinline__ int inside(int v, int64_t most) {
-  return v < 0 ? 0 : v > most ? static_cast<int>(most) : v;
+__device__ __forceinline__ int span(int64_t begin, int end) {
+  return end > begin ? end - static_cast<int>(begin) : 0;
 }
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kDepth == 256 ? 1 : 3)
     attention_rows(AttentionArgs a, AttentionWork w) {
   const int64_t group = a.heads / a.kv_heads;
-  int64_t block = blockIdx.x, blocks = 0, b = 0;
+  int64_t block = blockIdx.x, b = 0, blocks;
   w.item.kv_head = blockIdx.y;
   if (a.cu_q) {
-    for (; b < a.batch; ++b, block -= blocks) {
-      w.q0 = inside(a.cu_q[b], a.sq), w.sq = inside(a.cu_q[b + 1], a.sq) - static_cast<int>(w.q0);
-      blocks = w.sq > 0 ? (w.sq * group + T::kRows - 1) / T::kRows : 0;
+    for (;; ++b, block -= blocks) {
+      if (b == a.batch) return;  // lengths are only known here: the grid has blocks to spare
+      w.q0 = inside(a.cu_q[b], a.sq), w.sq = span(w.q0, inside(a.cu_q[b + 1], a.sq));
+      blocks = (w.sq * group + T::kRows - 1) / T::kRows;
       if (block < blocks) break;
     }
-    if (b == a.batch) return;
-    w.k0 = inside(a.cu_k[b], a.sk), w.sk = inside(a.cu_k[b + 1], a.sk) - static_cast<int>(w.k0);
-    w.sk = w.sk < 0 ? 0 : w.sk;
+    w.k0 = inside(a.cu_k[b], a.sk), w.sk = span(w.k0, inside(a.cu_k[b + 1], a.sk));
   } else {
     blocks = (a.sq * group + T::kRows - 1) / T::kRows;
     b = block / blocks, block = block % blocks;

@@ -32,6 +32,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
     ptx::mma_bf16(d, a, b);
 }
 
+// Of the four lanes that share a row.
+template <class Combine>
+__device__ __forceinline__ float over_quad(float v, Combine combine) {
+  v = combine(v, ptx::shuffle_xor(v, 1));
+  return combine(v, ptx::shuffle_xor(v, 2));
+}
+
 // The two rows of a lane: which keys they see, and how far they are.
 struct RowPair {
   int first[2], last[2];
@@ -99,11 +106,7 @@ __device__ __forceinline__ void weigh(const AttentionArgs& a, const AttentionWor
         if (!seen) x = kNone;
         peak = x > peak ? x : peak;
       }
-#pragma unroll
-    for (int mask = 1; mask < 4; mask *= 2) {
-      const float other = ptx::shuffle_xor(peak, mask);
-      peak = other > peak ? other : peak;
-    }
+    peak = over_quad(peak, [](float x, float y) { return y > x ? y : x; });
     const float base = peak == kNone ? 0.0f : peak;
     keep[half] = exp2f(rows.top[half] - base);
     rows.top[half] = peak;
@@ -206,7 +209,7 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& a, const At
   const int part = warp % T::kWarpsK, warp_row = warp / T::kWarpsK * 16;
   const int warp_key = part * T::kWarpKeys;
   const int group = static_cast<int>(a.heads / a.kv_heads), apart = w.sk - w.sq;
-  const int window = a.window ? static_cast<int>(a.window) : 1 << 30;
+  const int window = static_cast<int>(a.window);
   const auto first_of = [&](int query) {
     const int low = a.window ? query + apart - window + 1 : 0;
     return low > w.item.key0 ? low : static_cast<int>(w.item.key0);
@@ -229,9 +232,8 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& a, const At
       rows.top[half] = a.sinks[h] * kLog2E;
       rows.total[half] = lane % 4 == 0 ? 1.0f : 0.0f;
     }
-    rows.bias[half] = exists ? w.item.sequence * a.bias_strides[0] + h * a.bias_strides[1] +
-                                   query * a.bias_strides[2]
-                             : 0;
+    rows.bias[half] =
+        w.item.sequence * a.bias_strides[0] + h * a.bias_strides[1] + query * a.bias_strides[2];
   }
   const int begin = first_of(static_cast<int>(w.item.row0 / group));
   const int end = last_of(static_cast<int>((w.item.row0 + w.item.rows - 1) / group));
@@ -271,8 +273,7 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& a, const At
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + half * 8 + lane / 4;
-    float total = rows.total[half] + ptx::shuffle_xor(rows.total[half], 1);
-    total = total + ptx::shuffle_xor(total, 2);
+    const float total = over_quad(rows.total[half], [](float x, float y) { return x + y; });
     if (lane % 4 == 0) {
       shared.out.top[part][row] = rows.top[half];
       shared.out.total[part][row] = total;

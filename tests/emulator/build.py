@@ -25,7 +25,7 @@ PROGRAMS = {
         ("linear_int8/linear_int8_generic.cpp", "common/activation.cpp"),
     ),
     "linear_grouped": (("linear_grouped/linear_grouped_sm80.cu",), ("common/activation.cpp",)),
-    "attention": (("attention/attention_sm80.cu",), ()),
+    "attention": (("attention/attention_sm80.cu", "attention_decode/attention_decode_sm80.cu"), ()),
     "norm": (("norm/norm_sm80.cu",), ()),
 }
 MACHINE = ("simt.cpp", "memory.cpp", "hooks.cpp", "ptx_host.cpp")

@@ -90,21 +90,22 @@ def mutate(source: str) -> tuple[str, list[Mutant]]:
     return head + "\n".join(lines) + "\n", mutants
 
 
-def with_headers(kernel: Path) -> str:
-    """The kernel file with the device headers of its room in place: they hold its loops."""
+def joined(kernels: list[Path]) -> str:
+    """The kernel files as one, with the device headers of their rooms in place: they hold the loops."""
+    rooms, seen = {kernel.parent for kernel in kernels}, set()
 
     def inside(match: re.Match[str]) -> str:
-        path = kernel.parents[1] / match[1]
-        return (
-            expanded(path.read_text().replace("#pragma once\n", ""))
-            if path.parent == kernel.parent
-            else match[0]
-        )
+        path = build.ROOT / "kernels" / match[1]
+        if path.parent not in rooms:
+            return match[0]
+        text = "" if path in seen else path.read_text().replace("#pragma once\n", "")
+        seen.add(path)
+        return expanded(text)
 
     def expanded(text: str) -> str:
         return re.sub(r'#include "(\w+/\w+\.cuh)"', inside, text)
 
-    return expanded(kernel.read_text())
+    return "\n".join(expanded(kernel.read_text()) for kernel in kernels)
 
 
 def caught(program: Path, mutant: int) -> bool:
@@ -122,8 +123,7 @@ def caught(program: Path, mutant: int) -> bool:
 
 def run(name: str) -> tuple[int, list[Mutant]]:
     """Number of mutants of the room ``name``, and those that no test noticed."""
-    (kernel,) = build.PROGRAMS[name][0]
-    source, mutants = mutate(with_headers(build.ROOT / "kernels" / kernel))
+    source, mutants = mutate(joined([build.ROOT / "kernels" / kernel for kernel in build.PROGRAMS[name][0]]))
     build.BUILD.mkdir(parents=True, exist_ok=True)
     path = build.BUILD / f"{name}_mutants.cpp"
     path.write_text(source)
