@@ -221,6 +221,11 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
       "_attention_decode_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? "
       "k_scale, Tensor? v_scale, float? scale, int window, float softcap, Tensor? block_table, "
       "Tensor? sinks) -> Tensor");
+  m.def(
+      "_conv2d_int8_cuda(Tensor x_q, float x_scale, int x_zero_point, Tensor w_q, Tensor w_scale, "
+      "Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, "
+      "Tensor? residual, float residual_scale, int residual_zero_point, str post_activation, float "
+      "out_scale, int out_zero_point, ScalarType? out_dtype) -> Tensor");
   m.def("_rms_norm_cuda(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def(
       "_add_rms_norm_cuda(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, "

@@ -6,6 +6,8 @@
 namespace narrowcast {
 namespace {
 
+constexpr int64_t kMostRows = int64_t{1} << 30;  // of a K/V head: they are counted in int32
+
 // kDepth: the head size, rounded up.
 template <DType kType_, int kDepth_, int kWarpsM_, int kWarpsK_, bool kInt8_>
 struct AttentionTile {
@@ -15,6 +17,7 @@ struct AttentionTile {
   static constexpr int kThreads = kWarpsM * kWarpsK * ptx::kWarp, kRows = 16 * kWarpsM;
   static constexpr int kKeys = kInt8 && kDepth * kWarpsM > 512 ? 32 : 64;  // as memory allows
   static constexpr int kWarpKeys = kKeys / kWarpsK;
+  static constexpr int kBlocks = kDepth == 256 ? 1 : kDepth == 128 ? 2 : 3;  // that share an SM
 
   union Shared {
     struct {
@@ -58,8 +61,9 @@ struct CacheRow {
 __device__ __forceinline__ CacheRow cache_row(const AttentionArgs& a, const AttentionWork& w,
                                               int key) {
   if (!a.block_table) return {w.item.sequence, w.k0 + key};
-  const int64_t page = a.block_table[w.item.sequence * a.table_stride + key / a.page_size];
-  return {page < 0 || page >= w.pages ? 0 : page, key % a.page_size};
+  const int size = static_cast<int>(a.page_size);
+  const int64_t page = a.block_table[w.item.sequence * a.table_stride + key / size];
+  return {page < 0 || page >= w.pages ? 0 : page, key % size};
 }
 
 // 16 bytes of a row of `depth` elements of kBytes each, from element `from` on; `row` nullptr:
@@ -96,7 +100,8 @@ __device__ __forceinline__ void copy_q(typename T::Shared& shared, const Attenti
   for (int row = threadIdx.x / kChunks; row < T::kRows; row += T::kThreads / kChunks) {
     const uint16_t* source = nullptr;
     if (row < w.item.rows) {
-      const int64_t r = w.item.row0 + row, h = w.item.kv_head * group + r % group;
+      const int r = static_cast<int>(w.item.row0) + row;
+      const int64_t h = w.item.kv_head * group + r % group;
       source = static_cast<const uint16_t*>(a.q) + w.item.sequence * a.q_strides.batch +
                h * a.q_strides.head + (w.q0 + r / group) * a.q_strides.row;
     }
@@ -153,7 +158,7 @@ __device__ __forceinline__ void widen(typename T::Shared& shared,
                                       const AttentionArgs& a, const AttentionWork& w, int key) {
   constexpr int kChunks = T::kDepth / 16;
   const int chunk = threadIdx.x % kChunks;
-#pragma unroll
+#pragma unroll 1
   for (int row = threadIdx.x / kChunks; row < T::kKeys; row += T::kThreads / kChunks) {
     const float scale = values ? key_scale(a, w, a.v_scale, a.v_scale_strides, key + row) : 1.0f;
     const ptx::Words4 codes = ptx::load_shared_128(&shared.in.codes[row][chunk * 16]);

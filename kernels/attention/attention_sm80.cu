@@ -13,8 +13,8 @@
 //
 // GATE attention_rows: spills = 0, contains HMMA.16816.F32 LDSM.16.M88.4 LDSM.16.MT88.4 MUFU.EX2
 // GATE attention_rows: contains LDGSTS.E.BYPASS.128
-// GATE attention_rows.*Li(32|64|128)E: registers <= 168
-// GATE attention_rows.*Li256E: registers <= 255
+// GATE attention_rows.*Li(32|64)E: registers <= 168
+// GATE attention_rows.*Li(128|256)E: registers <= 255
 // GATE block: shared <= 99000
 #include "attention/attention_cuda.h"
 #include "attention/attention_tile.cuh"
@@ -30,7 +30,7 @@ __device__ __forceinline__ int span(int64_t begin, int end) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, T::kDepth == 256 ? 1 : 3)
+__global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     attention_rows(AttentionArgs a, AttentionWork w) {
   const int64_t group = a.heads / a.kv_heads;
   int64_t block = blockIdx.x, b = 0, blocks;
@@ -63,7 +63,7 @@ void launch_rows(const AttentionArgs& a, Stream stream) {
   // Each sequence has at most one block that is not full.
   const int64_t blocks =
       a.cu_q ? rows / T::kRows + a.batch : (rows + T::kRows - 1) / T::kRows * a.batch;
-  NC_CHECK(blocks <= 0x7fffffff && a.kv_heads <= 65535, "attention",
+  NC_CHECK(blocks <= 0x7fffffff && rows < kMostRows && a.kv_heads <= 65535, "attention",
            "q must give at most 2^31 blocks of rows and k at most 65535 heads, got ", blocks,
            " and ", a.kv_heads);
   AttentionWork w = {};

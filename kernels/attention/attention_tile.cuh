@@ -187,7 +187,8 @@ __device__ __forceinline__ void store_rows(const typename T::Shared& shared, con
     const float factor = total == 0.0f ? 0.0f : 1.0f / total;
 #pragma unroll
     for (int e = 0; e < kVector; ++e) v[e] = v[e] * factor;
-    const int64_t r = w.item.row0 + row, h = w.item.kv_head * group + r % group;
+    const int r = static_cast<int>(w.item.row0) + row;
+    const int64_t h = w.item.kv_head * group + r % group;
     const int64_t query = w.q0 + r / group;
     uint16_t* out = static_cast<uint16_t*>(a.out) + w.item.sequence * a.out_strides.batch +
                     h * a.out_strides.head + query * a.out_strides.row;
@@ -222,8 +223,9 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& a, const At
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + half * 8 + lane / 4;
-    const int64_t r = w.item.row0 + row, h = w.item.kv_head * group + r % group;
-    const int query = static_cast<int>(r / group);
+    const int r = static_cast<int>(w.item.row0) + row;
+    const int64_t h = w.item.kv_head * group + r % group;
+    const int query = r / group;
     const bool exists = row < w.item.rows;
     rows.first[half] = exists ? first_of(query) : 0;
     rows.last[half] = exists ? last_of(query) : 0;
@@ -235,8 +237,8 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& a, const At
     rows.bias[half] =
         w.item.sequence * a.bias_strides[0] + h * a.bias_strides[1] + query * a.bias_strides[2];
   }
-  const int begin = first_of(static_cast<int>(w.item.row0 / group));
-  const int end = last_of(static_cast<int>((w.item.row0 + w.item.rows - 1) / group));
+  const int begin = first_of(static_cast<int>(w.item.row0) / group);
+  const int end = last_of(static_cast<int>(w.item.row0 + w.item.rows - 1) / group);
   float sums[T::kDepth / 8][4] = {};
 
   // load and compute

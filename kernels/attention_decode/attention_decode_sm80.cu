@@ -14,7 +14,7 @@
 //
 // GATE decode_rows: spills = 0, contains HMMA.16816.F32 LDSM.16.M88.4 LDSM.16.MT88.4
 // GATE decode_rows: contains LDGSTS.E.BYPASS.128, registers <= 255
-// GATE decode_merge: spills = 0, registers <= 40
+// GATE decode_merge: spills = 0, registers <= 64
 // GATE block: shared <= 99000
 #include "attention/attention_tile.cuh"
 #include "attention_decode/attention_decode_cuda.h"
@@ -27,7 +27,7 @@ constexpr int kMergeWarps = 4;
 
 // A block's piece: a chunk of the keys (kWarpsK > 1), or a block of rows.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads)
+__global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     decode_rows(AttentionDecodeArgs args, AttentionWork w, float* partials, int64_t chunks) {
   const AttentionArgs& a = args.attention;
   const int64_t rows = a.heads / a.kv_heads * a.sq, piece = blockIdx.x;
@@ -51,18 +51,19 @@ __global__ void __launch_bounds__(T::kThreads)
 
 // The chunks of a row, in order: sums brought to the largest maximum. A warp a row.
 template <DType kType>
-__global__ void __launch_bounds__(kMergeWarps* ptx::kWarp)
+__global__ void __launch_bounds__(kMergeWarps* ptx::kWarp, 8)
     decode_merge(AttentionDecodeArgs args, const float* partials, int64_t chunks) {
   const AttentionArgs& a = args.attention;
-  const int64_t group = a.heads / a.kv_heads, rows = group * a.sq;
-  const int64_t at = blockIdx.x * int64_t{kMergeWarps} + threadIdx.x / ptx::kWarp;
-  const int64_t head = at / rows, r = at % rows, b = head / a.kv_heads;
+  const int group = static_cast<int>(a.heads / a.kv_heads), rows = group * static_cast<int>(a.sq);
+  const int at = blockIdx.x * kMergeWarps + threadIdx.x / ptx::kWarp;
+  const int head = at / rows, r = at % rows, kv_heads = static_cast<int>(a.kv_heads);
+  const int64_t b = head / kv_heads;
   if (b >= a.batch) return;
   const int length = inside(a.lengths[b], args.capacity), count = (length + kChunk - 1) / kChunk;
   if (count <= 1) return;  // it was finished at once
   const int64_t step = rows * (a.v_depth + 2);
-  const float* parts = partials + head * chunks * step + r * (a.v_depth + 2);
-  const int64_t h = head % a.kv_heads * group + r % group;
+  const float* parts = partials + int64_t{head} * chunks * step + r * (a.v_depth + 2);
+  const int64_t h = head % kv_heads * group + r % group;
 
   float top = a.sinks ? a.sinks[h] * kLog2E : -INFINITY;
   for (int c = 0; c < count; ++c) {
@@ -107,9 +108,10 @@ void launch_decode_rows(const AttentionDecodeArgs& args, float* partials, Stream
   w.aligned_k = even_rows(a.k, a.k_strides, a.depth, kBytes);
   w.aligned_v = even_rows(a.v, a.v_strides, a.v_depth, kBytes);
   w.aligned_out = even_rows(a.out, a.out_strides, a.v_depth, 2);
-  NC_CHECK(a.kv_heads <= 65535 && a.batch <= 65535, "attention_decode",
-           "k_cache and q must have at most 65535 heads and sequences, got ", a.kv_heads, " and ",
-           a.batch);
+  NC_CHECK(a.kv_heads <= 65535 && a.batch <= 65535 && a.batch * a.kv_heads * rows_of(a) < kMostRows,
+           "attention_decode",
+           "k_cache and q must have at most 65535 heads and sequences and 2^30 rows, got ",
+           a.kv_heads, ", ", a.batch, " and ", a.batch * a.kv_heads * rows_of(a));
   const auto run = [&](auto kernel, int threads, size_t bytes, int64_t pieces) {
     launch("attention_decode", kernel,
            dim3(static_cast<unsigned>(pieces), static_cast<unsigned>(a.kv_heads),

@@ -90,9 +90,15 @@ __device__ inline void finish_device(const Epilogue& e, float (&v)[4], int64_t m
         if (i < count) out[i] = h[i];
   } else {
     uint8_t* out = static_cast<uint8_t*>(e.out) + at;
+    uint32_t codes = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < count) out[i] = requantised(e, v[i]);
+    for (int i = 0; i < 4; ++i) codes |= static_cast<uint32_t>(requantised(e, v[i])) << i * 8;
+    if (count == 4 && reinterpret_cast<uintptr_t>(out) % 4 == 0)
+      *reinterpret_cast<uint32_t*>(out) = codes;
+    else
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < count) out[i] = static_cast<uint8_t>(codes >> i * 8);
   }
 }
 

@@ -87,6 +87,12 @@ Tensor empty(const std::vector<int64_t>& sizes, DType dtype) {
   return empty_strided(sizes, strides, dtype);
 }
 
+Tensor empty_channels_last(const std::vector<int64_t>& s, DType dtype) {
+  const int64_t c = std::max<int64_t>(s[1], 1), h = std::max<int64_t>(s[2], 1),
+                w = std::max<int64_t>(s[3], 1);
+  return empty_strided(s, {h * w * c, 1, w * c, c}, dtype);
+}
+
 Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }

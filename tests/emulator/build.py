@@ -26,6 +26,10 @@ PROGRAMS = {
     ),
     "linear_grouped": (("linear_grouped/linear_grouped_sm80.cu",), ("common/activation.cpp",)),
     "attention": (("attention/attention_sm80.cu", "attention_decode/attention_decode_sm80.cu"), ()),
+    "conv2d_int8": (
+        ("conv2d_int8/conv2d_int8_sm80.cu",),
+        ("conv2d_int8/conv2d_int8_generic.cpp", "common/activation.cpp"),
+    ),
     "norm": (("norm/norm_sm80.cu",), ()),
 }
 MACHINE = ("simt.cpp", "memory.cpp", "hooks.cpp", "ptx_host.cpp")
