@@ -1,6 +1,6 @@
 // attention's arguments in the rooms of the CPU that take them: a step's.
 #pragma once
-#include "attention/attention_call.h"
+#include "attention/attention_call_checks.h"
 #include "common/step.h"
 
 namespace narrowcast {

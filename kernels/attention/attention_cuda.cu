@@ -1,6 +1,6 @@
 // attention on CUDA: where tensors stop. The private ops that the dispatcher may choose, for
 // float16 and bfloat16 and head sizes up to 256.
-#include "attention/attention_call.h"
+#include "attention/attention_call_checks.h"
 #include "attention/attention_cuda.h"
 #include "common/stable_cuda.h"
 

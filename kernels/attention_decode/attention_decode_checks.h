@@ -1,6 +1,6 @@
 // The checks that every compiled backend of attention_decode makes: tensors in, its arguments out.
 #pragma once
-#include "attention/attention_call.h"
+#include "attention/attention_call_checks.h"
 #include "attention_decode/attention_decode.h"
 
 namespace narrowcast::attention_decode_checks {
