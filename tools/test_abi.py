@@ -61,7 +61,16 @@ def promised_functions() -> set[str]:
     """C functions that torch's headers declare for the oldest version; they guard what came later."""
     include = Path(find_spec("torch").origin).parent / "include"
     source = "".join(f"#include <{shim}>\n" for shim in SHIMS)
-    flags = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={OLDEST}", f"-I{include}", "-xc++", "-std=c++20", "-E", "-P", "-"]
+    flags = [
+        "-DUSE_CUDA",
+        f"-DTORCH_TARGET_VERSION={OLDEST}",
+        f"-I{include}",
+        "-xc++",
+        "-std=c++20",
+        "-E",
+        "-P",
+        "-",
+    ]
     return set(re.findall(r"\b(?:aoti_)?torch_\w+(?=\s*\()", run("g++", *flags, input=source)))
 
 
