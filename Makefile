@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(VENV)/bin/pip --disable-pip-version-check -q
+PIP := $(VENV)/bin/pip --disable-pip-version-check -qq
 SOURCES := $(shell find kernels python/narrowcast -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
 # Without a visible GPU the CUDA library would only cost minutes of compilation.
 export NARROWCAST_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
