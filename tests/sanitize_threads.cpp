@@ -14,7 +14,7 @@
 #include "gated_act/gated_act.h"
 #include "kv_append/kv_append.h"
 #include "linear/linear.h"
-#include "linear_grouped/linear_grouped.h"
+#include "linear_grouped/linear_grouped_layout.h"
 #include "linear_int8/linear_int8.h"
 #include "norm/norm.h"
 #include "pool/pool.h"
