@@ -12,7 +12,9 @@ import torch
 import narrowcast  # noqa: F401  (loads the ops)
 
 # Collected by test_triton.py in processes of their own, or on a GPU.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["triton"]
+collect_ignore = (
+    [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["triton_kernels"]
+)
 
 torch.set_num_threads(int(os.environ.get("NARROWCAST_THREADS", "2")))
 

@@ -1,4 +1,4 @@
-"""Runs tests/triton under the interpreter, each file in a process of its own."""
+"""Runs tests/triton_kernels under the interpreter, each file in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "triton"
+FOLDER = Path(__file__).parent / "triton_kernels"
 FILES = sorted(FOLDER.glob("test_*.py")) if importlib.util.find_spec("triton") else []
 
 

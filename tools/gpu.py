@@ -2,7 +2,7 @@
 
     build         the CUDA library, into this Python's environment
     correctness   tests/gpu, one process per room: every op and backend against float64, compiled, captured, on streams
-    triton        tests/triton on the device
+    triton        tests/triton_kernels on the device
     sanitizer     compute-sanitizer over small cases of the compiled kernels, where the tool is
 
 Every part of a stage is a process with a time limit of its own; a part that fails or hangs hides no other. A stage ends
@@ -71,7 +71,7 @@ def correctness() -> list[Part]:
 
 
 def triton() -> list[Part]:
-    return [pytest(f.stem, str(f)) for f in sorted((ROOT / "tests/triton").glob("test_*.py"))]
+    return [pytest(f.stem, str(f)) for f in sorted((ROOT / "tests/triton_kernels").glob("test_*.py"))]
 
 
 def sanitizer() -> list[Part]:

@@ -45,10 +45,9 @@ def resources(cuobjdump: str, cubin: bytes) -> tuple[int, int]:
 
 
 def compiled_for(spec, capability: int):
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    import triton
 
     source = ASTSource(spec.kernel, spec.signature(), spec.constants(), spec.divisible())
     options = {

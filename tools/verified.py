@@ -48,7 +48,7 @@ def without_a_gpu(room: str, backend: str) -> str:
         emulated = any(k.startswith(f"{room}/") for kernels, _ in PROGRAMS.values() for k in kernels)
         return "compiles; emulator-verified" if emulated else "compiles"
     interpreted = any(
-        f"kernels.{room}" in path.read_text() for path in (ROOT / "tests/triton").glob("test_*.py")
+        f"kernels.{room}" in path.read_text() for path in (ROOT / "tests/triton_kernels").glob("test_*.py")
     )
     return "compiles; interpreter-verified" if interpreted else "compiles"
 
