@@ -375,6 +375,10 @@ int64_t conv2d_int8_sm80_scratch(const Conv2dInt8CudaArgs& a) {
 void conv2d_int8_sm80(const Conv2dInt8CudaArgs& a, void* scratch, Stream stream) {
   const Conv2dInt8Shape& s = a.shape;
   if (s.batch == 0 || s.out_channels == 0) return;
+  constexpr int64_t kMost = int64_t{1} << 29;  // places in an image are counted in int32
+  NC_CHECK(s.height + 2 * s.padding_h < kMost && s.width + 2 * s.padding_w < kMost, "conv2d_int8",
+           "x_q must be smaller than 2^29 with its padding, got ", s.height, " x ", s.width,
+           " with ", s.padding_h, " and ", s.padding_w);
   const Packed packed = packed_at(a, scratch);
   const bool aligned = is_aligned(a.x, 16) && s.channels % 16 == 0;
   if (is_depthwise(s)) {

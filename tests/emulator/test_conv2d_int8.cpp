@@ -140,6 +140,9 @@ int main(int argc, char**) {
       {.size = {1, 4, 4, 4, 8, 3, 3, 4}, .padding = 1},
   };
   for (const Case& c : cases) expect("conv2d_int8", "", 2, [&] { run(c); });
+  const Case wide = {
+      .size = {1, 4, 4, 16, 4, 3, 3}, .stride = int64_t{1} << 30, .padding = int64_t{1} << 29};
+  expect("conv2d_int8, padding beyond int32", "exception", 1, [&] { run(wide); });
   // At least 216 large tiles.
   const std::vector<Case> large = {
       {.size = {1, 64, 108, 16, 250, 1, 1}, .bias = true, .out = kByte},
