@@ -198,6 +198,7 @@ int64_t grouped_packed_bytes(const GroupedLayout& l) { return panel_count(l) * l
 
 void grouped_pack(const GroupedLayout& l, const GroupedSource& source, int64_t first, int64_t count,
                   uint8_t* out) {
+  if (l.panel_bytes == 0) return;  // K = 0: there is nothing, perhaps not even memory
   const int64_t row_bytes = l.k * l.bits / 8, groups = l.k / l.group, repeat = l.group / l.block;
   const GroupedKernels& kernels = *select_linear_grouped();
   const uint32_t flip = l.bits == 8 ? 0x80808080u : 0;
