@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common.triton_util import ahead, is_finite, launch, next_power_of_2
 from .attention_checks import Attention, attention_arguments

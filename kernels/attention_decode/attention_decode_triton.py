@@ -12,10 +12,9 @@ the cache is cut off, pages that do not exist become the nearest that does.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..attention.attention_checks import (
     MOST_KEYS,

@@ -8,10 +8,9 @@ starts. The int32 scores become float32 by an addition: |q^ . k^| <= 127 * 127 *
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..attention.attention_checks import Attention, attention_arguments
 from ..attention.attention_triton import (

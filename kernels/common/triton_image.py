@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from .checks import describe, fail, require
 from .triton_util import next_power_of_2

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from . import tuning
 

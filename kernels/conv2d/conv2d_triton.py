@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common.checks import FLOATING, describe, name, require, require_activation, require_device
 from ..common.triton_image import (

@@ -10,10 +10,9 @@ import math
 from collections.abc import Sequence
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common.checks import (
     FLOATING,

@@ -7,10 +7,9 @@ their bytes are loaded one by one; neighbouring threads read neighbouring bytes.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common import checks
 from ..common.triton_util import ahead, launch

@@ -7,10 +7,9 @@ store of the result. Bit-equal to every other backend.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common import checks
 from ..common.triton_util import ahead, launch, next_power_of_2

@@ -7,10 +7,9 @@ the result is written once. Rows beyond 16384 elements are quantised in a second
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common import checks
 from ..common.triton_util import activate, ahead, launch, next_power_of_2

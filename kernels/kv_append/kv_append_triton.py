@@ -9,10 +9,9 @@ left out.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common.checks import FLOATING, describe, fail, name, require, require_device
 from ..common.triton_util import ahead, codes, inverse_of, is_finite, launch, next_power_of_2, scale_of

@@ -7,10 +7,9 @@ The contract is linear.h. Products of float32 are float32 products, or three TF3
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common.checks import FLOATING, describe, name, require, require_activation, require_device, rows_of
 from ..common.triton_tiles import float32_precision, gemm_config, gemm_configs, shape_class

@@ -6,10 +6,9 @@ codes of x are scaled before they are multiplied (sums of a block stay exact whe
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common.triton_tiles import shape_class
 from ..common.triton_util import (

@@ -16,10 +16,9 @@ from __future__ import annotations
 import math
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common.checks import FLOATING, describe, name, require, require_device, rows_of
 from ..common.triton_tiles import (

@@ -9,10 +9,9 @@ arithmetic. With per-token scales and none, relu or relu6 the bits are those of 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common import checks
 from ..common.triton_util import Config, ahead, finish, launch, multiprocessors, tile_of, tuned

@@ -8,10 +8,9 @@ the same bits. Bound by memory.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common import checks
 from ..common.triton_util import ahead, launch, next_power_of_2

@@ -8,10 +8,9 @@ one read of x, one write of q. Bit-equal to every other backend.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common import checks
 from ..common.triton_util import ahead, codes, inverse_of, is_finite, launch, next_power_of_2, scale_of

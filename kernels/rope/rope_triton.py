@@ -6,10 +6,9 @@ A position outside the tables makes its vectors NaN: an error would have to wait
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
-
-import triton
 
 from ..common import checks
 from ..common.triton_util import ahead, launch, next_power_of_2
