@@ -122,9 +122,12 @@ def seen(positions, keys, length, window, CAUSAL: tl.constexpr, WINDOW: tl.const
 
 
 @triton.jit
-def softmax_step(s, factor, m, total):
-    """The next tile of a running softmax: weights, the factor of older sums, maximum, denominator."""
-    top = tl.maximum(m, tl.max(s, 1) * factor)
+def softmax_step(s, factor, row_factor, m, total):
+    """The next tile of a running softmax: weights, the factor of older sums, maximum, denominator.
+
+    The scores are s * factor: one number, or one per row as factor [M, 1] and row_factor [M].
+    """
+    top = tl.maximum(m, tl.max(s, 1) * row_factor)
     base = tl.where(top == NOTHING, 0.0, top)
     p = tl.exp2(s * factor - base[:, None])
     older = tl.exp2(m - base)
@@ -142,6 +145,31 @@ def keep_apart(p, s, v):
     bad = tl.max(wild.to(tl.int32), 1) > 0
     p = tl.where((s != NOTHING) & bad[None, :], float("nan"), p)
     return p, tl.where(wild, 0.0, wide).to(v.dtype)
+
+
+@triton.jit
+def add_values(
+    sums, sums_tail, p, s, older, v, start, inside, v_row, DV: tl.constexpr, V_MAIN: tl.constexpr,
+    V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
+    """Older sums times their factor, plus the tile's weights p times its values; s: its scores, for GUARD."""
+    dv, lane = tl.arange(0, V_MAIN), tl.arange(0, BLOCK_N)
+    at = v + start.to(tl.int64) * v_row + lane[:, None] * v_row
+    part = load(at + dv[None, :], inside[:, None], (dv < DV)[None, :], MASKED, V_MAIN > DV)
+    weights = p
+    if GUARD:
+        weights, part = keep_apart(p, s, part)
+    sums = tl.dot(weights.to(part.dtype), part, sums * older[:, None], input_precision="ieee")
+    if V_TAIL > 0:
+        dv_tail = V_MAIN + tl.arange(0, V_TAIL)
+        part = load(
+            at + dv_tail[None, :], inside[:, None], (dv_tail < DV)[None, :], MASKED, V_MAIN + V_TAIL > DV
+        )
+        weights = p
+        if GUARD:
+            weights, part = keep_apart(p, s, part)
+        sums_tail = tl.dot(weights.to(part.dtype), part, sums_tail * older[:, None], input_precision="ieee")
+    return sums, sums_tail
 
 
 @triton.jit
@@ -171,7 +199,7 @@ def _tiles(
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Goes on over the keys begin .. middle and resume .. end."""
-    d, dv, lane = tl.arange(0, MAIN), tl.arange(0, V_MAIN), tl.arange(0, BLOCK_N)
+    d, lane = tl.arange(0, MAIN), tl.arange(0, BLOCK_N)
     before = (middle - begin) // BLOCK_N
     for i in range(0, before + tl.cdiv(end - resume, BLOCK_N)):
         start = begin + i * BLOCK_N
@@ -201,24 +229,10 @@ def _tiles(
             factor = 1.0
         if MASKED:
             s = tl.where(seen(positions, keys, length, window, CAUSAL, WINDOW), s, NOTHING)
-        p, older, m, total = softmax_step(s, factor, m, total)
-        at = v + start.to(tl.int64) * v_row + lane[:, None] * v_row
-        part = load(at + dv[None, :], inside[:, None], (dv < DV)[None, :], MASKED, V_MAIN > DV)
-        weights = p
-        if GUARD:
-            weights, part = keep_apart(p, s, part)
-        sums = tl.dot(weights.to(part.dtype), part, sums * older[:, None], input_precision="ieee")
-        if V_TAIL > 0:
-            dv_tail = V_MAIN + tl.arange(0, V_TAIL)
-            part = load(
-                at + dv_tail[None, :], inside[:, None], (dv_tail < DV)[None, :], MASKED, V_MAIN + V_TAIL > DV
-            )
-            weights = p
-            if GUARD:
-                weights, part = keep_apart(p, s, part)
-            sums_tail = tl.dot(
-                weights.to(part.dtype), part, sums_tail * older[:, None], input_precision="ieee"
-            )
+        p, older, m, total = softmax_step(s, factor, factor, m, total)
+        sums, sums_tail = add_values(
+            sums, sums_tail, p, s, older, v, start, inside, v_row, DV, V_MAIN, V_TAIL, BLOCK_N, MASKED, GUARD
+        )
     return sums, sums_tail, m, total
 
 

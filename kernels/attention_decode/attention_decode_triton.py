@@ -100,7 +100,7 @@ def _tiles(
             if CAUSAL:
                 visible = visible & seen(positions, keys, length, window, True, WINDOW)
             s = tl.where(visible, s, NOTHING)
-        p, older, m, total = softmax_step(s, scale, m, total)
+        p, older, m, total = softmax_step(s, scale, scale, m, total)
         at = v + (page * v_outer + slot * v_slot)[:, None] + d[None, :]
         part = load(at, inside[:, None], (d < D)[None, :], MASKED, WIDTH > D)
         if INT8:

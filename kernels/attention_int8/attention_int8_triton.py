@@ -17,15 +17,16 @@ from ..attention.attention_triton import (
     LOG2E,
     NOTHING,
     SIZES,
+    add_values,
     arch_of,
     blocks_of,
     constants,
-    keep_apart,
     key_span,
     load,
     place,
     seen,
     shapes_ahead,
+    softmax_step,
     start_softmax,
     store_rows,
     tanh,
@@ -117,7 +118,7 @@ def _tiles(
     BIAS: tl.constexpr, BACK: tl.constexpr, MASKED: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Goes on over the keys begin .. middle and resume .. end."""
-    d, dv, lane = tl.arange(0, MAIN), tl.arange(0, V_MAIN), tl.arange(0, BLOCK_N)
+    d, lane = tl.arange(0, MAIN), tl.arange(0, BLOCK_N)
     before = (middle - begin) // BLOCK_N
     for i in range(0, before + tl.cdiv(end - resume, BLOCK_N)):
         start = begin + i * BLOCK_N
@@ -149,28 +150,10 @@ def _tiles(
             factor = tl.where(valid, 1.0, 1.0)
         if MASKED:
             s = tl.where(seen(positions, keys, length, window, CAUSAL, WINDOW), s, NOTHING)
-        top = tl.maximum(m, tl.max(s, 1) * factor)
-        base = tl.where(top == NOTHING, 0.0, top)
-        p = tl.exp2(s * factor[:, None] - base[:, None])
-        older = tl.exp2(m - base)
-        m, total = top, total * older + tl.sum(p, 1)
-        at = v + start.to(tl.int64) * v_row + lane[:, None] * v_row
-        part = load(at + dv[None, :], inside[:, None], (dv < DV)[None, :], MASKED, V_MAIN > DV)
-        weights = p
-        if GUARD:
-            weights, part = keep_apart(p, s, part)
-        sums = tl.dot(weights.to(part.dtype), part, sums * older[:, None], input_precision="ieee")
-        if V_TAIL > 0:
-            dv_tail = V_MAIN + tl.arange(0, V_TAIL)
-            part = load(
-                at + dv_tail[None, :], inside[:, None], (dv_tail < DV)[None, :], MASKED, V_MAIN + V_TAIL > DV
-            )
-            weights = p
-            if GUARD:
-                weights, part = keep_apart(p, s, part)
-            sums_tail = tl.dot(
-                weights.to(part.dtype), part, sums_tail * older[:, None], input_precision="ieee"
-            )
+        p, older, m, total = softmax_step(s, factor[:, None], factor, m, total)
+        sums, sums_tail = add_values(
+            sums, sums_tail, p, s, older, v, start, inside, v_row, DV, V_MAIN, V_TAIL, BLOCK_N, MASKED, GUARD
+        )
     return sums, sums_tail, m, total
 
 
