@@ -17,12 +17,27 @@ from .triton_util import next_power_of_2
 NARROW = 2**31 - 1
 
 
+#: Arguments of the kernels that say where windows lie, as the specifications for compiling ahead name them.
+GEOMETRY = (
+    "pixels", "out_height", "out_width", "height", "width", "kernel_w", "taps", "stride_h", "stride_w",
+    "padding_h", "padding_w", "dilation_h", "dilation_w",
+)  # fmt: skip
+
+
 @triton.jit
-def corner_of(pixel, out_height, out_width, stride_h, stride_w, padding_h, padding_w):
-    """Output pixels -> their image, and the input row and column where their windows begin."""
+def pixel_tile(
+    tile, pixels, out_height, out_width, stride_h, stride_w, padding_h, padding_w, INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Output pixels of a tile: their numbers, their image, the input row and column where their windows begin.
+
+    Numbers from ``pixels`` on stand for the last pixel.
+    """
+    m = tile.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    pixel = tl.minimum(m, pixels - 1)
     column = pixel % out_width
     row = pixel // out_width % out_height
-    return pixel // out_width // out_height, row * stride_h - padding_h, column * stride_w - padding_w
+    return m, pixel // out_width // out_height, row * stride_h - padding_h, column * stride_w - padding_w
 
 
 @triton.jit

@@ -14,13 +14,14 @@ from torch import Tensor
 from ..common.checks import FLOATING, describe, name, require, require_activation, require_device
 from ..common.triton_image import (
     GATHERED,
+    GEOMETRY,
     check_image,
-    corner_of,
     depthwise_tile,
     empty_nhwc,
     index_type,
     mode_of,
     nhwc,
+    pixel_tile,
     steps_of,
     tap_of,
     window_of,
@@ -44,10 +45,9 @@ def _conv2d(
     tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     group = tl.program_id(0) // (tiles_m * tiles_n)
     tile_m, tile_n = tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
-    m = tile_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    image, top, left = corner_of(
-        tl.minimum(m, pixels - 1), out_height, out_width, stride_h, stride_w, padding_h, padding_w
+    m, image, top, left = pixel_tile(
+        tile_m, pixels, out_height, out_width, stride_h, stride_w, padding_h, padding_w, INDEX, BLOCK_M
     )
     w_row = w + (group * columns + tl.minimum(n, columns - 1)).to(tl.int64)[:, None] * (taps * depth)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -74,10 +74,10 @@ def _depthwise(
 ):  # fmt: skip
     """BLOCK_M pixels x BLOCK_N channels, each channel by its own filter."""
     tiles_n = tl.cdiv(channels, BLOCK_N)
-    m = (tl.program_id(0) // tiles_n).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    image, top, left = corner_of(
-        tl.minimum(m, pixels - 1), out_height, out_width, stride_h, stride_w, padding_h, padding_w
+    tile_m = tl.program_id(0) // tiles_n
+    m, image, top, left = pixel_tile(
+        tile_m, pixels, out_height, out_width, stride_h, stride_w, padding_h, padding_w, INDEX, BLOCK_M
     )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tap in range(taps):
@@ -169,23 +169,11 @@ def conv2d(
 
 
 def _ahead(dtype: str, config, mode: str, even: bool = True):
-    sizes = (
-        "pixels",
-        "out_height",
-        "out_width",
-        "height",
-        "width",
-        "kernel_w",
-        "taps",
-        "stride_h",
-        "stride_w",
-    )
-    sizes += ("padding_h", "padding_w", "dilation_h", "dilation_w")
     aligned = ("channels", "out_channels", "depth", "columns")
     return ahead(
         _conv2d,
         dict.fromkeys(("x", "w", "bias", "residual", "out"), f"*{dtype}")
-        | dict.fromkeys(sizes, "i32")
+        | dict.fromkeys(GEOMETRY, "i32")
         | dict.fromkeys(aligned, "i32:16" if even else "i32")
         | {
             "ACTIVATION": "relu", "POST_ACTIVATION": "none", "PRECISION": "ieee", "INDEX": tl.int32,
@@ -203,8 +191,7 @@ AOT = [
     ahead(
         _depthwise,
         dict.fromkeys(("x", "w", "bias", "residual", "out"), "*fp16")
-        | dict.fromkeys(("pixels", "out_height", "out_width", "height", "width", "kernel_w", "taps"), "i32")
-        | dict.fromkeys(("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w"), "i32")
+        | dict.fromkeys(GEOMETRY, "i32")
         | {
             "channels": "i32:16", "ACTIVATION": "relu6", "POST_ACTIVATION": "none", "INDEX": tl.int32,
             "PADDED": True, "BLOCK_M": 8, "BLOCK_N": 128,

@@ -25,13 +25,14 @@ from ..common.checks import (
 )
 from ..common.triton_image import (
     GATHERED,
+    GEOMETRY,
     check_image,
-    corner_of,
     depthwise_tile,
     empty_nhwc,
     index_type,
     mode_of,
     nhwc,
+    pixel_tile,
     steps_of,
     tap_of,
     window_of,
@@ -96,10 +97,9 @@ def _conv2d_int8(
     tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     group = tl.program_id(0) // (tiles_m * tiles_n)
     tile_m, tile_n = tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
-    m = tile_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    image, top, left = corner_of(
-        tl.minimum(m, pixels - 1), out_height, out_width, stride_h, stride_w, padding_h, padding_w
+    m, image, top, left = pixel_tile(
+        tile_m, pixels, out_height, out_width, stride_h, stride_w, padding_h, padding_w, INDEX, BLOCK_M
     )
     w_row = w + (group * columns + tl.minimum(n, columns - 1)).to(tl.int64)[:, None] * (taps * depth)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -134,10 +134,10 @@ def _depthwise_int8(
 ):  # fmt: skip
     """BLOCK_M pixels x BLOCK_N channels, each channel by its own filter."""
     tiles_n = tl.cdiv(channels, BLOCK_N)
-    m = (tl.program_id(0) // tiles_n).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    image, top, left = corner_of(
-        tl.minimum(m, pixels - 1), out_height, out_width, stride_h, stride_w, padding_h, padding_w
+    tile_m = tl.program_id(0) // tiles_n
+    m, image, top, left = pixel_tile(
+        tile_m, pixels, out_height, out_width, stride_h, stride_w, padding_h, padding_w, INDEX, BLOCK_M
     )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for tap in range(taps):
@@ -308,18 +308,6 @@ def conv2d_int8(
     return out
 
 
-_GEOMETRY = (
-    "pixels",
-    "out_height",
-    "out_width",
-    "height",
-    "width",
-    "kernel_w",
-    "taps",
-    "stride_h",
-    "stride_w",
-)
-_GEOMETRY += ("padding_h", "padding_w", "dilation_h", "dilation_w")
 _SCALES = {
     "x_scale": "fp32", "x_zero_point": "i32", "residual_scale": "fp32", "residual_zero_point": "i32",
     "inverse_out_scale": "fp32", "out_zero_point": "i32",
@@ -331,7 +319,7 @@ def _ahead(kernel, x: str, config=None, **constants):
     tensors = {"x": f"*{x}", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "residual": "*u8", "out": "*u8"}
     return ahead(
         kernel,
-        tensors | _SCALES | dict.fromkeys(_GEOMETRY, "i32")
+        tensors | _SCALES | dict.fromkeys(GEOMETRY, "i32")
         | {"PER_CHANNEL": True, "ACTIVATION": "none", "POST_ACTIVATION": "relu", "INDEX": tl.int32, "PADDED": True}
         | constants,
         config, **options,

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..common.checks import FLOATING, name, require
 from ..common.triton_image import (
+    GEOMETRY,
     Window,
     check_image,
-    corner_of,
     empty_nhwc,
     index_type,
     nhwc,
+    pixel_tile,
     tap_of,
     window_of,
 )
@@ -39,10 +40,10 @@ def _pool(
     MAXIMUM: tl.constexpr, INDEX: tl.constexpr, PIXELS: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(channels, CHANNELS)
-    m = (tl.program_id(0) // tiles).to(INDEX) * PIXELS + tl.arange(0, PIXELS)
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
-    image, top, left = corner_of(
-        tl.minimum(m, pixels - 1), out_height, out_width, stride_h, stride_w, padding_h, padding_w
+    tile_m = tl.program_id(0) // tiles
+    m, image, top, left = pixel_tile(
+        tile_m, pixels, out_height, out_width, stride_h, stride_w, padding_h, padding_w, INDEX, PIXELS
     )
     lowest: tl.constexpr = 0 if x.dtype.element_ty == tl.uint8 else -128
     acc = tl.full((PIXELS, CHANNELS), lowest if MAXIMUM else 0, tl.int32)
@@ -185,15 +186,11 @@ def avg_pool2d_int8(
     return _run(x_q, window, out_dtype, False, x_scale, x_zero_point, inverse, out_zero_point)
 
 
-_SIZES = ("pixels", "out_height", "out_width", "height", "width", "kernel_w", "taps", "stride_h", "stride_w")
-_SIZES += ("padding_h", "padding_w", "dilation_h", "dilation_w", "x_zero_point", "out_zero_point")
-
-
 def _ahead(out: str, maximum: bool, pixels: int, taps: int):
     return ahead(
         _pool,
         {"x": "*u8", "out": f"*{out}", "channels": "i32:16", "x_scale": "fp32", "inverse_out_scale": "fp32"}
-        | dict.fromkeys(_SIZES, "i32")
+        | dict.fromkeys((*GEOMETRY, "x_zero_point", "out_zero_point"), "i32")
         | {"MAXIMUM": maximum, "INDEX": tl.int32, "PIXELS": pixels, "TAPS": taps, "CHANNELS": 128},
     )  # fmt: skip
 
