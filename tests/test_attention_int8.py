@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from attention_cases import SHAPES, operands
+from attention_int8_cases import QUANTIZED, SAME_CODES
 from conftest import forced, variants
 from narrowcast.kernels.attention import attention_ref as exact
 from narrowcast.kernels.attention_int8 import attention_int8 as public
@@ -12,11 +13,6 @@ from tolerances import BOUND, assert_close
 ops = torch.ops.narrowcast
 VARIANTS = variants("attention_int8")
 DTYPES = list(BOUND)
-#: Against float64 without any quantisation, for standard normal inputs.
-QUANTIZED = 0.02
-#: Against the float64 continuation of the same integers. A sum of the mean that rounds differently
-#: moves no code; only float32 softmax and sums are left.
-SAME_CODES = {torch.float32: 4e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from conftest import forced, variants
+from conv2d_cases import operands, window
 from narrowcast.kernels.conv2d import conv2d_ref as ref
 from narrowcast.kernels.linear_int8.linear_int8_ref import ACTIVATIONS
 from narrowcast.runtime import Executor
@@ -28,17 +29,6 @@ CASES = [  # input shape, outputs, groups, kernel, stride, padding, dilation
     ((1, 1, 1, 1), 1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
     ((1, 2, 1, 1), 3, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
 ]
-
-
-def operands(case, dtype):
-    shape, outputs, groups, kernel, *_ = case
-    depth = shape[1] // groups * kernel[0] * kernel[1]
-    x = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
-    return x, (torch.randn(outputs, shape[1] // groups, *kernel) / depth**0.5).to(dtype)
-
-
-def window(case):
-    return {"stride": case[4], "padding": case[5], "dilation": case[6], "groups": case[2]}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from conftest import forced, variants
+from conv2d_int8_cases import CL, problem
 from narrowcast.kernels.conv2d_int8 import conv2d_int8_ref as ref
 from tolerances import assert_close
 
 ops = torch.ops.narrowcast
-CL = torch.channels_last
 
 # batch, channels, out channels, height, width, kernel, stride, padding, dilation, groups
 CASES = [
@@ -30,30 +30,6 @@ CASES = [
     (1, 32, 32, 5, 9, (3, 3), 1, 1, 1, 32),
     (1, 145, 145, 4, 5, (5, 3), 1, (2, 1), 1, 145),
 ]
-
-
-def pair(x):
-    return x if isinstance(x, tuple) else (x, x)
-
-
-def problem(case, dtype=torch.uint8, **extra):
-    """Keyword arguments of the op for a random layer."""
-    n, c, o, h, w, kernel, stride, padding, dilation, groups = case
-    low, high = (0, 256) if dtype == torch.uint8 else (-128, 128)
-    x = torch.randint(low, high, (n, c, h, w), dtype=dtype).contiguous(memory_format=CL)
-    return {
-        "x_q": x,
-        "x_scale": 0.02,
-        "x_zero_point": 7,
-        "w_q": torch.randint(-128, 128, (o, c // groups, *kernel), dtype=torch.int8),
-        "w_scale": torch.randn(o) * 0.01,
-        "bias": torch.randn(o),
-        "stride": pair(stride),
-        "padding": pair(padding),
-        "dilation": pair(dilation),
-        "groups": groups,
-        **extra,
-    }
 
 
 @pytest.mark.parametrize("variant", variants("conv2d_int8"))

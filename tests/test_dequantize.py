@@ -2,16 +2,10 @@ import pytest
 import torch
 
 from conftest import forced, variants
+from dequantize_cases import group_inputs
 from narrowcast.kernels.dequantize import dequantize_ref as ref
 
 ops = torch.ops.narrowcast
-
-
-def group_inputs(n, k, group, bits, scale_dtype, with_offset):
-    packed = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8)
-    scale = torch.randn(n, k // group).to(scale_dtype)
-    offset = torch.randn(n, k // group).to(scale_dtype) if with_offset else None
-    return packed, scale, offset, group, bits
 
 
 @pytest.mark.parametrize("variant", variants("dequantize_groups"))

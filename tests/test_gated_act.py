@@ -4,17 +4,12 @@ import pytest
 import torch
 
 from conftest import forced, variants
+from gated_act_cases import FORMS, SHAPES, operands
 from narrowcast.kernels.gated_act import gated_act_ref as ref
 from tolerances import assert_close
 
 ops = torch.ops.narrowcast
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1), (3, 7), (2, 3, 32), (5, 97), (17, 384), (1, 9001)]
-FORMS = [("silu_mul", ()), ("gelu_mul", ("none",)), ("gelu_mul", ("tanh",))]
-
-
-def operands(shape, dtype):
-    return (torch.randn(shape) * 4).to(dtype), torch.randn(shape).to(dtype)
 
 
 @pytest.mark.parametrize("variant", variants("gated_act"))

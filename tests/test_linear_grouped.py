@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from conftest import forced, variants
+from linear_grouped_cases import weight
 from narrowcast import ArgumentError
 from narrowcast.formats import GroupedWeight
 from narrowcast.kernels.dequantize.dequantize_ref import dequantize_groups
@@ -16,14 +17,6 @@ from tolerances import BOUND, assert_close
 ops = torch.ops.narrowcast
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = list(ref.ACTIVATIONS)
-
-
-def weight(n, k, group, bits, with_offset=True, scale_dtype=torch.float32):
-    packed = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8)
-    size = 0.1 if bits == 4 else 0.01
-    scale = (torch.randn(n, k // group) * size).to(scale_dtype)
-    offset = (torch.randn(n, k // group) * size * 3).to(scale_dtype) if with_offset else None
-    return packed, scale, offset, group, bits
 
 
 def check(x, w, **options):

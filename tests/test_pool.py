@@ -6,17 +6,10 @@ from conftest import forced, variants
 from narrowcast.kernels.linear_int8.linear_int8_ref import requantise
 from narrowcast.kernels.pool import pool_ref as ref
 from narrowcast.runtime import Executor
+from pool_cases import DTYPES, WINDOWS
 
 ops = torch.ops.narrowcast
 VARIANTS = variants("pool")
-DTYPES = [torch.uint8, torch.int8]
-WINDOWS = [  # kernel, stride, padding, dilation, ceil
-    ((3, 3), (2, 2), (1, 1), (1, 1), False),
-    ((3, 2), (1, 3), (1, 0), (1, 1), True),
-    ((2, 3), (2, 2), (0, 1), (2, 3), True),
-    ((1, 1), (1, 1), (0, 0), (1, 1), False),
-    ((7, 5), (1, 1), (3, 2), (1, 1), False),
-]
 SHAPES = [(1, 1, 7, 9), (2, 17, 9, 8), (1, 67, 13, 11), (1, 600, 7, 7)]
 
 

@@ -3,15 +3,11 @@ import torch
 
 from conftest import forced, variants
 from narrowcast.kernels.rope import rope_ref as ref
+from rope_cases import operands
 from tolerances import assert_close
 
 ops = torch.ops.narrowcast
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def operands(b, h, s, d, rotated, dtype=torch.float32, table_dtype=torch.float32, rows=50):
-    angle = torch.rand(rows, rotated // 2) * 6
-    return torch.randn(b, h, s, d).to(dtype), angle.cos().to(table_dtype), angle.sin().to(table_dtype)
 
 
 @pytest.mark.parametrize("variant", variants("rope"))

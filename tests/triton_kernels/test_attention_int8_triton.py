@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from attention_cases import SHAPES, operands
+from attention_int8_cases import QUANTIZED, SAME_CODES
 from conftest import DEVICE, STORED
 from narrowcast.kernels.attention import attention_ref as exact
 from narrowcast.kernels.attention.attention_checks import attention_arguments
@@ -9,10 +10,6 @@ from narrowcast.kernels.attention_int8 import attention_int8_ref as ref
 from narrowcast.kernels.attention_int8 import attention_int8_triton as ours
 from tolerances import assert_close
 
-#: Against float64 without any quantisation, for standard normal inputs.
-QUANTIZED = 0.02
-#: Against the float64 continuation of the same codes.
-SAME_CODES = {torch.float32: 4e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 MASKS = [(False, 0), (True, 0), (True, 3), (False, 4)]
 
 

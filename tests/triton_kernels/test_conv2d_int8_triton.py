@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from conv2d_int8_cases import CL, problem
 from narrowcast.kernels.conv2d_int8 import conv2d_int8_ref as ref
 from narrowcast.kernels.conv2d_int8.conv2d_int8_triton import conv2d_int8
 from tolerances import assert_close
 
-CL = torch.channels_last
 CASES = [  # batch, channels, out channels, height, width, kernel, stride, padding, dilation, groups
     (1, 1, 1, 1, 1, (1, 1), 1, 0, 1, 1),
     (2, 48, 24, 5, 7, (1, 1), 1, 0, 1, 1),
@@ -21,23 +21,6 @@ CASES = [  # batch, channels, out channels, height, width, kernel, stride, paddi
     (1, 66, 40, 4, 4, (2, 3), 1, 1, 1, 2),
     (1, 2, 3, 4, 4, (9, 9), 1, 5, 1, 1),
 ]
-
-
-def pair(x):
-    return x if isinstance(x, tuple) else (x, x)
-
-
-def problem(case, dtype=torch.uint8, **extra):
-    """Keyword arguments of the op for a random layer."""
-    n, c, o, h, w, kernel, stride, padding, dilation, groups = case
-    low, high = (0, 256) if dtype == torch.uint8 else (-128, 128)
-    x = torch.randint(low, high, (n, c, h, w), dtype=dtype).contiguous(memory_format=CL)
-    return {
-        "x_q": x, "x_scale": 0.02, "x_zero_point": 7,
-        "w_q": torch.randint(-128, 128, (o, c // groups, *kernel), dtype=torch.int8),
-        "w_scale": torch.randn(o) * 0.01, "bias": torch.randn(o),
-        "stride": pair(stride), "padding": pair(padding), "dilation": pair(dilation), "groups": groups, **extra,
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])

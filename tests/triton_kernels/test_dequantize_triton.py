@@ -4,22 +4,10 @@ import pytest
 import torch
 
 from conftest import DEVICE, STORED
+from dequantize_cases import SCALES_AT, group_inputs, random_blocks, same_bits
 from narrowcast.formats import GGUF_BLOCKS
 from narrowcast.kernels.dequantize import dequantize_gguf_triton, dequantize_triton
 from narrowcast.kernels.dequantize import dequantize_ref as ref
-
-#: Where a block keeps its float16 scales; the rest may be any byte.
-SCALES_AT = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2),
-    "Q6_K": (208,),
-}  # fmt: skip
-
-
-def group_inputs(n, k, group, bits, scale_dtype, with_offset):
-    packed = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8)
-    scale = torch.randn(n, k // group).to(scale_dtype)
-    offset = torch.randn(n, k // group).to(scale_dtype) if with_offset else None
-    return packed, scale, offset, group, bits
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -69,28 +57,12 @@ def test_int8_wraps_as_int32():
     assert torch.equal(out, ref.dequantize_int8(q, torch.ones(1), zero)) and out[0, 0] < 0 < out[0, 1]
 
 
-def random_blocks(type, *lead, special=None):
-    blocks = torch.randint(0, 256, (*lead, GGUF_BLOCKS[type][1]), dtype=torch.uint8)
-    if type not in SCALES_AT:
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[type]
-        blocks = torch.randn(*lead, 1).to(dtype).view(torch.uint8)
-    for at in SCALES_AT.get(type, ()):
-        scale = torch.randn(*lead, 1) * 0.1 if special is None else torch.full((*lead, 1), special)
-        blocks[..., at : at + 2] = scale.half().view(torch.uint8)
-    return blocks.flatten(-2)
-
-
 def gguf(blocks, type, out_dtype=torch.float32):
     return dequantize_gguf_triton.dequantize_gguf(blocks, type, out_dtype)
 
 
 def expected_gguf(blocks, type, out_dtype=torch.float32):
     return ref.dequantize_gguf(blocks.cpu(), type, out_dtype).to(DEVICE)
-
-
-def same_bits(a, b):
-    integer = torch.int32 if a.dtype == torch.float32 else torch.int16
-    return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
 
 
 @pytest.mark.parametrize("type", GGUF_BLOCKS)

@@ -4,17 +4,11 @@ import pytest
 import torch
 
 from conftest import LOADED, STORED
+from gated_act_cases import FORMS, SHAPES, operands
 from narrowcast.kernels.gated_act import gated_act_ref as ref
 from narrowcast.kernels.gated_act import gated_act_triton as ours
 from narrowcast.kernels.quantize import nan_count, quantize_triton
 from tolerances import assert_close
-
-SHAPES = [(1, 1), (3, 7), (2, 3, 32), (5, 97), (17, 384), (1, 9001)]
-FORMS = [("silu_mul", ()), ("gelu_mul", ("none",)), ("gelu_mul", ("tanh",))]
-
-
-def operands(shape, dtype):
-    return (torch.randn(shape) * 4).to(dtype), torch.randn(shape).to(dtype)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

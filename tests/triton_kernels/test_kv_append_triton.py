@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from conftest import LOADED, STORED
+from kv_append_cases import operands, tables
 from narrowcast.kernels.kv_append import kv_append_ref as ref
 from narrowcast.kernels.kv_append import kv_append_triton as ours
 from narrowcast.kernels.quantize import nan_count
@@ -9,19 +10,6 @@ from narrowcast.kernels.quantize.quantize_ref import quantize_int8
 from tolerances import assert_close
 
 CACHES = [*STORED, torch.int8]
-
-
-def operands(b, h, s, c, d, cache=torch.float32, dtype=torch.float32):
-    k, v = torch.randn(b, h, s, d).to(dtype), torch.randn(b, h, s, d).to(dtype)
-    start = torch.randint(0, c - s + 1, (b,), dtype=torch.int32)
-    caches = [torch.ones(b, h, c, d).to(cache) for _ in "kv"]
-    scales = [torch.ones(b, h, c) for _ in "kv"] if cache == torch.int8 else [None, None]
-    return [*caches, k, v, start, *scales]
-
-
-def tables(positions, half):
-    angles = torch.rand(positions, half) * 6
-    return angles.cos(), angles.sin()
 
 
 def check(arguments, **options):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from conftest import STORED
+from linear_grouped_cases import weight
 from narrowcast.kernels.dequantize.dequantize_ref import dequantize_groups
 from narrowcast.kernels.linear_grouped import linear_grouped_ref as ref
 from narrowcast.kernels.linear_grouped.linear_grouped_triton import linear_grouped
@@ -22,14 +23,6 @@ SHAPES = [  # m, n, k, group
     (70, 40, 256, 256),
     (7, 31, 576, 576),
 ]
-
-
-def weight(n, k, group, bits, with_offset=True, scale_dtype=torch.float32):
-    packed = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8)
-    size = 0.1 if bits == 4 else 0.01
-    scale = (torch.randn(n, k // group) * size).to(scale_dtype)
-    offset = (torch.randn(n, k // group) * size * 3).to(scale_dtype) if with_offset else None
-    return packed, scale, offset, group, bits
 
 
 def check(x, w, **options):

@@ -5,16 +5,9 @@ from conftest import STORED
 from narrowcast.kernels.linear_int8.linear_int8_ref import requantise
 from narrowcast.kernels.pool import pool_ref as ref
 from narrowcast.kernels.pool.pool_triton import avg_pool2d_int8, max_pool2d_int8
+from pool_cases import DTYPES, WINDOWS
 
 CL = torch.channels_last
-DTYPES = [torch.uint8, torch.int8]
-WINDOWS = [  # kernel, stride, padding, dilation, ceil
-    ((3, 3), (2, 2), (1, 1), (1, 1), False),
-    ((3, 2), (1, 3), (1, 0), (1, 1), True),
-    ((2, 3), (2, 2), (0, 1), (2, 3), True),
-    ((1, 1), (1, 1), (0, 0), (1, 1), False),
-    ((7, 5), (1, 1), (3, 2), (1, 1), False),
-]
 AVERAGES = [w[:3] for w in WINDOWS] + [((), (), (0, 0)), ((2, 2), (), (0, 0))]
 SHAPES = [(1, 1, 7, 9), (2, 17, 9, 8), (1, 130, 7, 7)]
 

@@ -4,12 +4,8 @@ import torch
 from conftest import LOADED, STORED
 from narrowcast.kernels.rope import rope_ref
 from narrowcast.kernels.rope import rope_triton as ours
+from rope_cases import operands
 from tolerances import assert_close
-
-
-def operands(b, h, s, d, rotated, dtype=torch.float32, table_dtype=torch.float32, rows=50):
-    angle = torch.rand(rows, rotated // 2) * 6
-    return torch.randn(b, h, s, d).to(dtype), angle.cos().to(table_dtype), angle.sin().to(table_dtype)
 
 
 @pytest.mark.parametrize("dtype", STORED)
