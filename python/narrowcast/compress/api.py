@@ -63,8 +63,8 @@ def compress(
     """Compresses a model and measures what that cost.
 
     model: whatever :func:`narrowcast.importers.load_model` takes (options go there), or its result.
-    recipe: "native" (the file's own codes), "fp32", "int8" (W8A8), "int8-weight" (int8 in groups, float
-        activations), "int4" (int4 in groups of 32 by GPTQ, int8 activations), or "auto" (the smallest of these
+    recipe: "native" (the file's own codes), "fp32", "int8" (W8A8), "int8-weight" (int8 in groups,
+        16-bit activations), "int4" (int4 in groups of 32 by GPTQ, int8 activations), or "auto" (the smallest of these
         within ``budget``).
     data: for language models and encoders a text, a list of texts or a path of a text file; for image models
         a tensor [N, 3, H, W] as the model takes it, or a folder of pictures. A fifth is held out and measured.
