@@ -42,8 +42,8 @@ def say(text: str) -> None:
     console.print(f"[dim]{time.monotonic() - began:5.0f} s[/dim]  {text}")
 
 
-def row(model, recipe, case, sizes, metric, value, reference, unit, bounds, times, threads) -> dict:
-    """One line of the table and of build/demo.json."""
+def row(model, recipe, case, sizes, metric, value, reference, unit, bounds, results, times, threads) -> dict:
+    """One line of the table and of build/demo.json. results: all that was measured, with its bounds."""
     peers = {name: t for name, t in times.items() if name != "narrowcast"}
     fastest = min(peers, key=lambda name: peers[name]["median"])
     ours = times["narrowcast"]
@@ -51,6 +51,7 @@ def row(model, recipe, case, sizes, metric, value, reference, unit, bounds, time
         "model": model, "recipe": recipe, "case": case,
         "bytes_before": sizes[0], "bytes_file": sizes[1], "bytes_after": sizes[2],
         "metric": metric, "value": value, "reference": reference, "unit": unit, "bounds_95": bounds,
+        "accuracy": {name: [r.value, r.low, r.high] for name, r in results.items()},
         "ms": ours["median"], "ms_spread": [ours["low"], ours["high"]],
         "ms_torch_fp32": times["torch fp32"]["median"], "ms_torch_best": peers[fastest]["median"], "torch_best": fastest,
         "threads": threads, "device": f"cpu ({torch.ops.narrowcast._isa()})",
@@ -153,6 +154,7 @@ def language_model() -> list[dict]:
             results[name]["perplexity_float32"].value,
             "relative",
             [r.low, r.high],
+            results[name],
         )
         size = (fused.weight_bytes, source_bytes(path), sizes[name])
         times = measure({"narrowcast": _our_step(exe, ids[:, :64]), **decode_peers}, ROUNDS, inner=8)
@@ -251,7 +253,7 @@ def encoder() -> list[dict]:
             calls["torch compile"] = lambda ids=ids, mask=mask, fast=fast: fast(ids, mask)
         times = measure(calls, ROUNDS, inner=4 if batch == 1 else 1)
         sizes = (fused.weight_bytes, source_bytes(path), size)
-        figures = ("mean cosine", r["cosine"].value, 1.0, "cosine", [r["cosine"].low, r["cosine"].high])
+        figures = ("mean cosine", r["cosine"].value, 1.0, "cosine", [r["cosine"].low, r["cosine"].high], r)
         rows.append(row("MiniLM-L6", "int8", case, sizes, *figures, times, exe.threads))
     return rows
 
@@ -309,6 +311,7 @@ def image_model() -> list[dict]:
             1.0,
             "share",
             [r["agreement"].low, r["agreement"].high],
+            r,
         )
         rows.append(row("EfficientNet-Lite0", "int8", case, sizes, *figures, times, exe.threads))
     return rows
