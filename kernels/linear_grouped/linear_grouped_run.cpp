@@ -126,7 +126,7 @@ Tasks share(const LinearGroupedArgs& a, const Plan& p) {
   t.range_tiles = (t.tiles + t.ranges - 1) / t.ranges;
   if (p.wide) t.range_tiles = round_up(t.range_tiles, kGroupedWideRows);
   const int64_t rows = std::min(t.range_tiles * p.rows, a.m);
-  const int64_t work = t.per_chunk * kGroupedPanel * std::max<int64_t>(1, l.k) * rows;
+  const int64_t work = t.per_chunk * kGroupedPanel * l.k * rows;
   t.grain = std::max<int64_t>(1, kTaskWork / work);
   return t;
 }
@@ -183,6 +183,14 @@ void run_task(const LinearGroupedArgs& a, const Plan& plan, void* scratch, const
   }
 }
 
+// K = 0: there are no weights, perhaps no memory for them, and every sum is 0.
+void finish_empty_sums(const LinearGroupedArgs& a, GroupedFinishFn finish) {
+  const float zeros[kGroupedPanel] = {};
+  for (int64_t m = 0; m < a.m; ++m)
+    for (int64_t n = 0; n < a.layout.n; n += kGroupedPanel)
+      finish(a.epilogue, zeros, m, n, std::min<int64_t>(kGroupedPanel, a.layout.n - n));
+}
+
 // Scales of `rows` rows, one row behind the other, to [block][16].
 template <class T>
 void spread_scales(const T* from, int64_t groups, int64_t repeat, int rows, uint8_t* out) {
@@ -198,7 +206,7 @@ int64_t grouped_packed_bytes(const GroupedLayout& l) { return panel_count(l) * l
 
 void grouped_pack(const GroupedLayout& l, const GroupedSource& source, int64_t first, int64_t count,
                   uint8_t* out) {
-  if (l.panel_bytes == 0) return;  // K = 0: there is nothing, perhaps not even memory
+  if (l.k == 0) return;
   const int64_t row_bytes = l.k * l.bits / 8, groups = l.k / l.group, repeat = l.group / l.block;
   const GroupedKernels& kernels = *select_linear_grouped();
   const uint32_t flip = l.bits == 8 ? 0x80808080u : 0;
@@ -248,6 +256,7 @@ int64_t linear_grouped_scratch(const LinearGroupedArgs& args) {
 void linear_grouped_run(const LinearGroupedArgs& a, void* scratch) {
   if (a.m == 0 || a.layout.n == 0) return;
   const Plan p = plan(a);
+  if (a.layout.k == 0) return finish_empty_sums(a, p.kernels.finish);
   prepare_rows(a, p, scratch);
   const Tasks t = share(a, p);
   const int64_t bytes =

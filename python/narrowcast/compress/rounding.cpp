@@ -129,7 +129,10 @@ class Tile {
     for (int64_t p = 0; p < layer_.columns; ++p) {
       const int64_t k = order[p];
       const float* row = hessian + k * layer_.columns;
-      if (!(row[k] > 0)) continue;  // an input that never came: any code is as good
+      if (!(row[k] > 0)) {  // an input that never came: its weight is kept as well as can be
+        choose(k, &weight_[k * kLanes], &error_[k * kLanes]);
+        continue;
+      }
       const float inverse = 1 / row[k];
       combine(row, error_.data(), layer_.columns, target);
       for (int r = 0; r < kLanes; ++r) {
