@@ -15,10 +15,6 @@ namespace narrowcast {
 // Key numbers are int32 in the kernels; a window of this length hides nothing.
 constexpr int64_t kMaxLength = int64_t{1} << 30;
 
-inline bool last_is_dense(const TensorView& t) {
-  return numel(t) == 0 || size(t, -1) == 1 || stride(t, -1) == 1;
-}
-
 inline void check_floating(const char* op, const char* argument, const TensorView& t, int rank,
                            const char* form) {
   NC_CHECK(is_floating(t.dtype) && t.rank == rank, op, argument,
@@ -96,7 +92,7 @@ inline AttentionArgs attention_args(const char* op, const AttentionOperands& t,
   NC_CHECK(a.sq < kMaxLength && a.sk < kMaxLength, op, "q and k must be shorter than 2^30, got ",
            a.sq, " and ", a.sk);
   for (const auto& [x, label] : {std::pair{&t.q, "q"}, {&t.k, "k"}, {&t.v, "v"}})
-    NC_CHECK(last_is_dense(*x), op, label, " must have stride 1 in the last dimension, got ",
+    NC_CHECK(has_dense_rows(*x), op, label, " must have stride 1 in the last dimension, got ",
              stride(*x, -1));
   if (packed) {
     NC_CHECK(defined(t.cu_q) && defined(t.cu_k), op,

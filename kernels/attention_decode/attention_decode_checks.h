@@ -42,9 +42,9 @@ inline AttentionDecodeArgs decode_args(const Operands& t, bool has_scale, double
   NC_CHECK(a.kv_heads > 0 ? a.heads % a.kv_heads == 0 : a.heads == 0, kOp,
            "k_cache must have a number of heads that divides that of q, ", a.heads, ", got ",
            a.kv_heads);
-  NC_CHECK(last_is_dense(t.q), kOp, "q must have stride 1 in the last dimension, got ",
+  NC_CHECK(has_dense_rows(t.q), kOp, "q must have stride 1 in the last dimension, got ",
            stride(t.q, -1));
-  NC_CHECK(last_is_dense(t.k_cache) && last_is_dense(t.v_cache), kOp,
+  NC_CHECK(has_dense_rows(t.k_cache) && has_dense_rows(t.v_cache), kOp,
            "k_cache and v_cache must have stride 1 in the last dimension");
   check_vector(kOp, "lengths", t.lengths, DType::kInt32, a.batch);
   args.capacity = t.k_cache.sizes[2];

@@ -12,11 +12,16 @@ struct Rows {
   int64_t rows = 0, columns = 0, ld = 0;
 };
 
+// Whether the elements of a row lie side by side, however the rows themselves lie.
+inline bool has_dense_rows(const TensorView& t) {
+  return t.rank < 1 || numel(t) == 0 || size(t, -1) == 1 || stride(t, -1) == 1;
+}
+
 // Whether t is such a matrix where it lies: elements of a row adjacent, rows evenly spaced.
 inline bool has_even_rows(const TensorView& t) {
   if (t.rank < 1) return false;
   if (numel(t) == 0) return true;
-  if (size(t, -1) != 1 && stride(t, -1) != 1) return false;
+  if (!has_dense_rows(t)) return false;
   int64_t below = 0, ld = 0;  // rows counted so far from the back, and their distance
   for (int d = t.rank - 2; d >= 0; --d) {
     if (t.sizes[d] == 1) continue;

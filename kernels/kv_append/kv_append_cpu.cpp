@@ -19,10 +19,6 @@ bool same_sizes(const TensorView& x, const TensorView& y, int dims) {
   return true;
 }
 
-bool rows_adjacent(const TensorView& t) {
-  return numel(t) == 0 || size(t, -1) == 1 || stride(t, -1) == 1;
-}
-
 // A tensor that is written must hold every element once, as far as strides of 0 tell.
 bool is_expanded(const TensorView& t) {
   for (int d = 0; d < t.rank; ++d)
@@ -53,11 +49,11 @@ KvAppendArgs append_args(const Operands& t, bool interleaved) {
            kOp, "v_cache must have the dtype and shape of k_cache, ", name(t.k_cache.dtype), " ",
            shape(t.k_cache), ", got ", name(t.v_cache.dtype), " ", shape(t.v_cache));
   for (const auto& [x, label] : {std::pair{&t.k_cache, "k_cache"}, {&t.v_cache, "v_cache"}})
-    NC_CHECK(rows_adjacent(*x) && !is_expanded(*x), kOp, label,
+    NC_CHECK(has_dense_rows(*x) && !is_expanded(*x), kOp, label,
              " must have stride 1 in the last dimension and not be expanded");
   NC_CHECK(!may_overlap(t.k_cache, t.v_cache), kOp, "v_cache must not overlap k_cache");
   for (const auto& [x, label] : {std::pair{&t.k, "k"}, {&t.v, "v"}}) {
-    NC_CHECK(rows_adjacent(*x), kOp, label, " must have stride 1 in the last dimension");
+    NC_CHECK(has_dense_rows(*x), kOp, label, " must have stride 1 in the last dimension");
     NC_CHECK(!may_overlap(*x, t.k_cache) && !may_overlap(*x, t.v_cache), kOp, label,
              " must not overlap a cache");
   }
@@ -130,7 +126,7 @@ void kv_append(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor&
     return as_contiguous(t);
   };
   const auto rows = [&](const Tensor& t, const char* label) {
-    return rows_adjacent(view(t, kOp, label)) ? t : torch::stable::contiguous(t);
+    return has_dense_rows(view(t, kOp, label)) ? t : torch::stable::contiguous(t);
   };
   const auto flat_if = [&](const std::optional<Tensor>& t, const char* label) {
     return t ? std::optional(flat(*t, label)) : std::nullopt;

@@ -1,4 +1,5 @@
 // Where tensors stop: argument checks, the torch op, the executor's step.
+#include "common/rows.h"
 #include "common/stable.h"
 #include "common/step.h"
 #include "rope/rope.h"
@@ -7,8 +8,6 @@ namespace narrowcast {
 namespace {
 
 constexpr const char* kOp = "rope";
-
-bool adjacent(const TensorView& x) { return x.rank < 1 || size(x, -1) == 1 || stride(x, -1) == 1; }
 
 RopeArgs rope_args(const TensorView& x, const TensorView& cos, const TensorView& sin,
                    const TensorView& positions, bool interleaved) {
@@ -46,7 +45,7 @@ RopeArgs rope_args(const TensorView& x, const TensorView& cos, const TensorView&
 Tensor rope(const Tensor& x_in, const Tensor& cos_in, const Tensor& sin_in,
             const std::optional<Tensor>& positions, bool interleaved) {
   view(cos_in, kOp, "cos"), view(sin_in, kOp, "sin");  // before as_contiguous() copies
-  const Tensor x = adjacent(view(x_in, kOp, "x")) ? x_in : as_contiguous(x_in);
+  const Tensor x = has_dense_rows(view(x_in, kOp, "x")) ? x_in : as_contiguous(x_in);
   const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
   const TensorView v = view(x, kOp, "x");
   RopeArgs a = rope_args(v, view(cos, kOp, "cos"), view(sin, kOp, "sin"),
@@ -59,7 +58,7 @@ Tensor rope(const Tensor& x_in, const Tensor& cos_in, const Tensor& sin_in,
 
 const RegisterStep rope_step("rope", [](const StepSpec& s, PackCache&) -> Step {
   const TensorView &x = s.inputs[0], &cos = s.inputs[1], &sin = s.inputs[2];
-  NC_CHECK(adjacent(x) && is_contiguous(cos) && is_contiguous(sin), kOp,
+  NC_CHECK(has_dense_rows(x) && is_contiguous(cos) && is_contiguous(sin), kOp,
            "x must have adjacent elements, cos and sin must be contiguous in a plan");
   RopeArgs a = rope_args(x, cos, sin, s.inputs[3], s.flag("interleaved"));
   a.out = s.outputs[0].data;
