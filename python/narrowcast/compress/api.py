@@ -16,18 +16,20 @@ from narrowcast._version import __version__
 from narrowcast.errors import ArgumentError, UnsupportedError
 from narrowcast.graph import Graph, Plan
 from narrowcast.graph.passes import optimize
+from narrowcast.graph.passes.match import Layer
 from narrowcast.importers.model import Model, load_model
 from narrowcast.runtime.executor import Executor, resolve_device
 from narrowcast.runtime.text import load_tokenizer
 from narrowcast.runtime.verify import certify
 
+from . import hygiene
 from . import metrics as measure
 from .calibrate import collect, decoder_inputs, text_batches, token_windows
 from .cnn import quantize_cnn
 from .default_text import PASSAGES
 from .kv_cache import quantize_kv_cache
 from .sequential import round_in_sequence
-from .transformer import Decision, int4_targets, quantize_grouped, quantize_int8
+from .transformer import Decision, int4_targets, layer_name, quantize_grouped, quantize_int8
 from .work_folder import WorkFolder, fingerprint
 
 ops = torch.ops.narrowcast
@@ -40,6 +42,7 @@ AUTO = {"decoder": ("int4", "int8", "int8-weight", "fp32"), "encoder": ("int4", 
 #: Windows of text for statistics of a layer's inputs, and for GPTQ, which needs more; windows held out.
 STATISTICS_WINDOWS, CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 8, 24, 3
 WINDOW = 512  #: tokens
+MEASURED_BATCHES = 20  #: held-out batches that are measured, and as many of calibration
 #: For int4 the weights lose more than int8 activations in groups do, and products of integers are much faster.
 INT4_ACTIVATION_BITS = 8
 Progress = Callable[[str, int, int], Any]
@@ -121,6 +124,7 @@ class Data:
         self.model, self.seed = model, seed
         self.warnings: list[str] = []
         self.tokenizer = None
+        self.begin: int | None = None  #: the token that a decoder's texts begin with in use
         if "tokenizer.json" in model.assets:
             self.tokenizer = load_tokenizer(model.assets)
             self.tokenizer.no_padding()
@@ -158,10 +162,9 @@ class Data:
         bos = self.model.config.get("bos_token_id")
         windows = token_windows(text, self.tokenizer, bos, WINDOW, CALIBRATION_WINDOWS + HELD_OUT_WINDOWS)
         keep = min(max(1, len(windows) // 5), HELD_OUT_WINDOWS)
-        self.windows = windows[-keep:]
-        calibration = windows[:-keep] or windows
-        self.calibration = [decoder_inputs(graph, w) for w in calibration]
-        self.held_out = [decoder_inputs(graph, w) for w in self.windows]
+        self.begin = hygiene.begin_token(self.tokenizer, bos)
+        self.calibration = [decoder_inputs(graph, w) for w in windows[:-keep] or windows]
+        self.held_out = [decoder_inputs(graph, w) for w in windows[-keep:]]
 
     def _encoder(self, graph: Graph, data: Any) -> None:
         if self.tokenizer is None:
@@ -238,6 +241,7 @@ def _compress(
         source=model.source,
     )
     _certify(plan, fused, data)
+    plan.record["warnings"] += (plan.certificate["data"] or {}).get("warnings", [])
     return plan
 
 
@@ -306,35 +310,38 @@ def _int4(
 
 def _certify(plan: Plan, fused: Graph, data: Data) -> None:
     """Errors on data that calibration did not see: of the plan's own outputs, and of the model's metric."""
-    plan.certificate = {"metrics": {}, "bounds": {}, "loss": None, "held_out": len(data.held_out)}
+    plan.certificate = {
+        "metrics": {}, "bounds": {}, "loss": None, "held_out": len(data.held_out), "data": None,
+    }  # fmt: skip
     if not data.held_out:
         return
     exe = Executor(plan, device="cpu")
-    results: dict[str, measure.Metric] = {}
-    samples: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+    held_out = data.held_out[:MEASURED_BATCHES]
+    results, errors = measure.compare(plan.kind, fused, exe, held_out)
     if plan.kind == "decoder":
-        scores = measure.DecoderMetrics()
-        for window, inputs in zip(data.windows, data.held_out):
-            reference = fused.run(*(x.clone() for x in inputs))[0]
-            scores.add(window[0], reference, exe.logits(window)[0])
-        results = scores.results()
-        ids = data.windows[0][:, :64]
+        ids = held_out[0][0][:, :64]
         reference = fused.run(*(x.clone() for x in decoder_inputs(fused, ids)))[0]
         samples = [((ids,), (reference.reshape(1, ids.shape[1], -1)[:, -4:],))]
     else:
-        few = data.held_out[:20]
-        references = [fused.run(*inputs) for inputs in few]
-        ours = [exe(*inputs) for inputs in few]
-        ours = [o if isinstance(o, tuple) else (o,) for o in ours]
-        pair = torch.cat([r[0] for r in references]), torch.cat([o[0] for o in ours])
-        if plan.kind == "encoder":
-            results = measure.encoder_metrics(*pair)
-        elif plan.kind == "image":
-            results = measure.image_metrics(*pair)
-        first = tuple(x[:2] for x in few[0])
+        first = tuple(x[:2] for x in held_out[0])
         samples = [(first, fused.run(*first))]
+    # The same measure on as much of the data that calibration saw tells whether it was learnt by heart.
+    few = data.calibration[: len(held_out)] if plan.recipe in hygiene.CALIBRATED else []
+    seen = measure.compare(plan.kind, fused, exe, few)[1] if few else None
+    widest = _widest_rounded(plan, fused) if plan.recipe == "int4" else 0
+    plan.certificate["data"] = hygiene.describe(
+        plan.kind, plan.recipe, data.calibration, data.held_out, (seen, errors), data.begin, widest
+    )
     plan.certificate["metrics"] = {name: m.value for name, m in results.items()}
     plan.certificate["bounds"] = {name: [m.low, m.high] for name, m in results.items()}
     if plan.kind in measure.MAIN:
         plan.certificate["loss"] = results[measure.MAIN[plan.kind]].loss
     certify(plan, samples)
+
+
+def _widest_rounded(plan: Plan, fused: Graph) -> int:
+    """Most inputs of a layer that GPTQ rounded for its calibration data."""
+    names = {d["name"] for d in plan.record["layers"] if d["damping"] is not None}
+    layers = [Layer(node) for node in fused.calls(ops.linear.default)]
+    depths = [fused.weight(x["weight"]).shape[1] for x in layers if layer_name(x) in names]
+    return max(depths, default=0)
