@@ -263,6 +263,25 @@ class Rows(nn.Module):
         return x[x[:, 0] > 0]
 
 
+def test_a_weight_in_any_order_of_dimensions_gets_a_step():
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            codes = torch.randint(-127, 128, (24, 8, 3, 3), dtype=torch.int8)
+            self.register_buffer("codes", codes.to(memory_format=torch.channels_last))
+            self.register_buffer("scale", torch.rand(24))
+
+        def forward(self, x):
+            x = x.to(memory_format=torch.channels_last)
+            return ops.conv2d_int8(x, 0.1, 0, self.codes, self.scale, None)
+
+    module, x = Filter(), torch.randint(-127, 128, (2, 8, 6, 6), dtype=torch.int8)
+    exe = Executor(exported(module, x, dynamic=False))
+    torch.testing.assert_close(exe(x), module(x), rtol=0, atol=0)
+    (row,) = [r for r in exe.explain(x).rows if r.op == "conv2d_int8"]
+    assert row.backend.startswith("native")
+
+
 def test_shapes_that_depend_on_values_are_refused():
     graph = exported(Rows(), torch.randn(4, 3))
     with pytest.raises(UnsupportedError, match="its shape cannot be known before the run"):

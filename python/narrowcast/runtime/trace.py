@@ -70,7 +70,7 @@ class Shared:
         storages: dict[int, torch.UntypedStorage] = {}
         for node in nodes.nodes:
             if node.op == "get_attr" and node.target not in self.weights:
-                weight = weights[node.target].detach().to(device)
+                weight = _dense(weights[node.target].detach().to(device))
                 self.weights[node.target] = weight
                 storage = weight.untyped_storage()
                 if storage.data_ptr() not in storages:
@@ -92,6 +92,11 @@ class Shared:
 
     def may_pack(self, view: tuple) -> bool:
         return self.layouts.setdefault(view[0], view) == view
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """Steps pack row-major weights: another order of dimensions is laid out anew, once. Expanded ones stay."""
+    return weight.contiguous() if weight.nbytes <= weight.untyped_storage().nbytes() else weight
 
 
 def tensors(value: Any) -> list[Tensor]:
