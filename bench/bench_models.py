@@ -120,7 +120,7 @@ def image(options) -> list[dict]:
     model = load_model(path)
     pictures, test = models.pictures()
     calibration = models.crops(pictures, 100, 1, model.config)
-    module = model.exported.module().to(memory_format=torch.channels_last)
+    module = models.torch_efficientnet(path).to(memory_format=torch.channels_last)
     mine, executor = ours(model, "int8", calibration)
     task = Task(module, path, [(x[None],) for x in calibration], options.threads)
     peers = engines("image", task)

@@ -115,3 +115,10 @@ def torch_bert(folder: Path) -> nn.Module:
     from transformers import BertModel
 
     return BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="sdpa").eval()
+
+
+def torch_efficientnet(path: Path) -> nn.Module:
+    from narrowcast.importers.efficientnet_lite import EfficientNetLite
+
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return EfficientNetLite(state).eval().requires_grad_(False)
