@@ -23,10 +23,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import narrowcast  # noqa: E402
-from narrowcast.compress import metrics  # noqa: E402
 from narrowcast.compress.calibrate import text_batches, token_windows  # noqa: E402
-from narrowcast.graph import Graph  # noqa: E402
-from narrowcast.graph.passes import optimize  # noqa: E402
+from narrowcast.compress.evaluation import decoder_scores, float_plan  # noqa: E402
 from narrowcast.importers.model import load_model  # noqa: E402
 from narrowcast.runtime.timing import measure  # noqa: E402
 
@@ -114,18 +112,11 @@ def language_model() -> list[dict]:
         console.print(f"         [green]{name}[/green] {prompt[0]['content']} -> {answer}")
 
     say(f"  measuring on {WINDOWS} windows of Persuasion (calibrated on Emma)")
-    fused, _ = optimize(Graph.from_exported(model.exported))
-    reference = narrowcast.Executor(
-        narrowcast.Plan(fused, "decoder", "fp32", model.config, assets=model.assets)
-    )
+    float32 = float_plan(model)
     tokenizer = executors["int8"].decoder.tokenizer
     bos = model.config.get("bos_token_id")
     windows = token_windows((models.DATA / "persuasion.txt").read_text(), tokenizer, bos, 512, WINDOWS)
-    scores = {name: metrics.DecoderMetrics() for name in executors}
-    for window in windows:
-        expected = reference.logits(window)[0]
-        for name, exe in executors.items():
-            scores[name].add(window[0], expected, exe.logits(window)[0])
+    scores = decoder_scores(executors, windows, narrowcast.Executor(float32, device="cpu"), "float32")
     results = {name: s.results() for name, s in scores.items()}
     for name, r in results.items():
         console.print(
@@ -156,7 +147,7 @@ def language_model() -> list[dict]:
             [r.low, r.high],
             results[name],
         )
-        size = (fused.weight_bytes, source_bytes(path), sizes[name])
+        size = (float32.weight_bytes, source_bytes(path), sizes[name])
         times = measure({"narrowcast": _our_step(exe, ids[:, :64]), **decode_peers}, ROUNDS, inner=8)
         rows.append(row(*common, "decode", size, *figures, times, exe.threads))
         times = measure({"narrowcast": _our_prefill(exe, ids), **prefill_peers}, 5)
@@ -224,12 +215,8 @@ def encoder() -> list[dict]:
     ranked = sorted(zip((vectors[1:] @ vectors[0]).tolist(), others), reverse=True)
     console.print(f"         [green]{query}[/green] " + "; ".join(f"{s:.2f} {t}" for s, t in ranked))
 
-    fused, _ = optimize(Graph.from_exported(model.exported))
-    reference = narrowcast.Executor(
-        narrowcast.Plan(fused, "encoder", "fp32", model.config, assets=model.assets)
-    )
-    test = models.sentences()
-    r = metrics.encoder_metrics(reference.encode(test), exe.encode(test))
+    float32, test = float_plan(model), models.sentences()
+    r = narrowcast.evaluate(exe, test, float32, device="cpu").metrics
     console.print(f"         {r['cosine']}, {r['cosine_min']}, {len(test)} sentences")
 
     bert = models.torch_bert(path)
@@ -252,7 +239,7 @@ def encoder() -> list[dict]:
         if fast is not None:
             calls["torch compile"] = lambda ids=ids, mask=mask, fast=fast: fast(ids, mask)
         times = measure(calls, ROUNDS, inner=4 if batch == 1 else 1)
-        sizes = (fused.weight_bytes, source_bytes(path), size)
+        sizes = (float32.weight_bytes, source_bytes(path), size)
         figures = ("mean cosine", r["cosine"].value, 1.0, "cosine", [r["cosine"].low, r["cosine"].high], r)
         rows.append(row("MiniLM-L6", "int8", case, sizes, *figures, times, exe.threads))
     return rows
@@ -281,12 +268,8 @@ def image_model() -> list[dict]:
         shown = ", ".join(f"{label(i)} {p:.2f}" for p, i in zip(top.values.tolist(), top.indices.tolist()))
         console.print(f"         [green]{name}.png[/green] -> {shown}")
 
-    original = Graph.from_exported(model.exported)
-    fused, _ = optimize(original)
-    reference = narrowcast.Executor(narrowcast.Plan(fused, "image", "fp32", model.config))
-    images = models.crops(list(test.values()), 400, 2, model.config)
-    expected = torch.cat([reference(x) for x in images.split(16)])
-    r = metrics.image_metrics(expected, torch.cat([exe(x) for x in images.split(16)]))
+    float32, images = float_plan(model), models.crops(list(test.values()), 400, 2, model.config)
+    r = narrowcast.evaluate(exe, images, float32, device="cpu").metrics
     console.print(f"         {r['agreement']}, {r['agreement_confident']}, {r['kl']}, {len(images)} crops")
 
     module = model.exported.module().to(memory_format=torch.channels_last)
@@ -304,7 +287,7 @@ def image_model() -> list[dict]:
         if fast is not None:
             calls["torch compile"] = lambda x=x, fast=fast: fast(x)
         times = measure(calls, ROUNDS, inner=4 if batch == 1 else 1)
-        sizes = (fused.weight_bytes, source_bytes(path), size)
+        sizes = (float32.weight_bytes, source_bytes(path), size)
         figures = (
             "top-1 agreement",
             r["agreement"].value,

@@ -43,6 +43,14 @@ def seed(request) -> int:
     return value
 
 
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs the command line in this process: ``cli("inspect", path).json``."""
+    from command_line import runner
+
+    return runner(monkeypatch, capsys)
+
+
 def variants(op: str) -> list[str]:
     """The kernels of a list that run on this CPU, for ``pytest.mark.parametrize``."""
     return torch.ops.narrowcast._op_variants(op).split(",")

@@ -13,50 +13,17 @@ from torch import nn
 
 import narrowcast as nc
 import narrowcast_cli
+from command_line import one_line
 from narrowcast.errors import ArgumentError
 from narrowcast.graph import Graph, Plan
 from narrowcast.graph.passes import optimize
 from narrowcast.importers.model import Model
 from narrowcast.runtime import certify
 from narrowcast_cli import output
+from small_plans import decoder_plan, encoder_plan, image_plan
 
-VERBS = ("compress", "run", "bench", "inspect", "verify", "doctor")
+VERBS = ("compress", "run", "eval", "bench", "inspect", "verify", "doctor")
 AUTO = torch.export.Dim.AUTO
-WORDS = ["[UNK]", "sun", "rain", "snow", "wind"]
-
-
-class Result:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Runs the console script's entry point in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["narrowcast", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            narrowcast_cli.main()
-        streams = capsys.readouterr()
-        return Result(stop.value.code, streams.out, streams.err)
-
-    return call
-
-
-def one_line(result, code, text):
-    """The form of every error: nothing on the output stream, one line that says what is wrong."""
-    assert result.code == code, result.err
-    assert result.out == ""
-    assert result.err.startswith("narrowcast: ") and result.err.count("\n") == 1
-    assert text in result.err
 
 
 class Net(nn.Module):
@@ -320,32 +287,10 @@ def test_doctor(cli, monkeypatch):
     assert broken.code == 1 and broken.json["self_test"].startswith("failed")
 
 
-class Pooled(nn.Module):
-    def __init__(self, pool):
-        super().__init__()
-        self.pool, self.table = pool, nn.Embedding(len(WORDS), 16)
-
-    def forward(self, input_ids, attention_mask):
-        mask = attention_mask[..., None].float()
-        x = self.table(input_ids) * mask
-        return x.sum(1) / mask.sum(1) if self.pool else x
-
-
-def tokenizer_asset():
-    tokenizers = pytest.importorskip("tokenizers", reason="text needs tokenizers")
-    model = tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return {"tokenizer.json": tokenizer.to_str().encode()}
-
-
 @pytest.mark.parametrize("pool", [True, False])
 def test_run_compares_sentences(cli, tmp_path, pool):
-    inputs = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
-    auto = {0: AUTO, 1: AUTO}
-    exported = torch.export.export(Pooled(pool).eval(), inputs, dynamic_shapes=(auto, auto))
     path = tmp_path / "words.plan"
-    Plan(Graph.from_exported(exported), "encoder", "fp32", assets=tokenizer_asset()).save(path)
+    encoder_plan(pool).save(path)
     arguments = ("run", path, "sun rain", "snow", "rain sun")
     if not pool:
         one_line(cli(*arguments), 1, "pooling encoder")
@@ -359,28 +304,10 @@ def test_run_compares_sentences(cli, tmp_path, pool):
     assert nearest.split() == ["1.000", "rain", "sun"] and other.split()[1:] == ["snow"]
 
 
-class Counting(nn.Module):
-    """A decoder whose likeliest next token is the one after the current."""
-
-    def forward(self, input_ids, start, logit_rows, k_cache, v_cache):
-        following = (input_ids.flatten().index_select(0, logit_rows) + 1) % len(WORDS)
-        return nn.functional.one_hot(following, len(WORDS)).float() + 0 * start.sum()
-
-
 @pytest.fixture
 def decoder_file(tmp_path):
     def make(**assets):
-        inputs = (
-            torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, dtype=torch.int32), torch.tensor([0, 3, 7]),
-            torch.zeros(2, 1, 24, 8), torch.zeros(2, 1, 24, 8),
-        )  # fmt: skip
-        shapes = ({0: AUTO, 1: AUTO}, {0: AUTO}, {0: AUTO}, {0: AUTO, 2: AUTO}, {0: AUTO, 2: AUTO})
-        exported = torch.export.export(Counting(), inputs, dynamic_shapes=shapes)
-        plan = Plan(
-            Graph.from_exported(exported), "decoder", "fp32", config={"context": 64, "eos_token_id": None},
-            assets=tokenizer_asset() | assets,
-        )  # fmt: skip
-        plan.save(tmp_path / "words.plan")
+        decoder_plan(**assets).save(tmp_path / "words.plan")
         return tmp_path / "words.plan"
 
     return make
@@ -408,19 +335,9 @@ def test_run_needs_a_task(cli, plan_file):
     one_line(cli("run", plan_file, "hello"), 2, "run it from Python")
 
 
-class Pictures(nn.Module):
-    def forward(self, pixels):
-        return pixels.mean((2, 3))
-
-
 @pytest.fixture
 def image_file(tmp_path):
-    exported = torch.export.export(Pictures(), (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: AUTO},))
-    plan = Plan(
-        Graph.from_exported(exported), "image", "fp32", config={"image": {"size": 8}},
-        assets={"labels": b"red\ngreen\nblue"},
-    )  # fmt: skip
-    plan.save(tmp_path / "colours.plan")
+    image_plan().save(tmp_path / "colours.plan")
     return tmp_path / "colours.plan"
 
 

@@ -19,8 +19,10 @@ from .dispatch import backend, explain  # noqa: E402
 
 #: Loaded when first used: importing narrowcast should cost little more than importing torch.
 _LAZY = {
+    "Evaluation": ".compress",
     "Executor": ".runtime",
     "Plan": ".graph",
+    "evaluate": ".compress",
     "load": ".runtime",
     "verify": ".runtime",
 }
@@ -42,6 +44,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "ArgumentError",
     "Error",
+    "Evaluation",
     "Executor",
     "FormatError",
     "Plan",
@@ -50,6 +53,7 @@ __all__ = [
     "__version__",
     "backend",
     "compress",
+    "evaluate",
     "explain",
     "load",
     "show_config",

@@ -1,4 +1,4 @@
-"""The command line: ``narrowcast compress | run | bench | inspect | verify | doctor``. One file per verb.
+"""The command line: ``narrowcast compress | run | eval | bench | inspect | verify | doctor``. One file per verb.
 
 Nothing here imports torch or narrowcast before a verb runs, so that ``--help`` is immediate.
 """
@@ -12,7 +12,7 @@ def main() -> None:
     """Entry point of the console script."""
     import typer
 
-    from . import bench, compress, doctor, inspect, output, run, verify
+    from . import bench, compress, doctor, evaluate, inspect, output, run, verify
 
     app = typer.Typer(
         name="narrowcast",
@@ -23,6 +23,7 @@ def main() -> None:
     )
     app.command()(compress.compress)
     app.command()(run.run)
+    app.command("eval")(evaluate.evaluate)
     app.command()(bench.bench)
     app.command()(inspect.inspect)
     app.command()(verify.verify)

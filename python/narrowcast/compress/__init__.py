@@ -1,4 +1,4 @@
-"""Compression: a model in, a plan with measured errors out.
+"""Compression: a model in, a plan with measured errors out; and what it is worth on other data.
 
 ``narrowcast.compress(model, ...)`` is the call (:func:`narrowcast.compress.api.compress`). The package and the
 call share their name, so the package itself can be called, whichever way it was imported first.
@@ -8,8 +8,9 @@ import sys
 from types import ModuleType
 
 from .api import RECIPES, compress
+from .evaluation import Evaluation, evaluate
 
-__all__ = ["RECIPES", "compress"]
+__all__ = ["RECIPES", "Evaluation", "compress", "evaluate"]
 
 
 class _Callable(ModuleType):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,13 +18,13 @@ from narrowcast.graph.passes import optimize
 from narrowcast.graph.passes.match import Layer
 from narrowcast.importers.model import Model, load_model
 from narrowcast.runtime.executor import Executor, resolve_device
-from narrowcast.runtime.text import load_tokenizer
 from narrowcast.runtime.verify import certify
 
 from . import hygiene
 from . import metrics as measure
 from .calibrate import collect, decoder_inputs, text_batches, token_windows
 from .cnn import quantize_cnn
+from .data import plain_tokenizer, read_texts, sentences
 from .default_text import PASSAGES
 from .kv_cache import quantize_kv_cache
 from .sequential import round_in_sequence
@@ -43,6 +42,7 @@ AUTO = {"decoder": ("int4", "int8", "int8-weight", "fp32"), "encoder": ("int4", 
 STATISTICS_WINDOWS, CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 8, 24, 3
 WINDOW = 512  #: tokens
 MEASURED_BATCHES = 20  #: held-out batches that are measured, and as many of calibration
+SENTENCES = 320  #: of a document, for an encoder
 #: For int4 the weights lose more than int8 activations in groups do, and products of integers are much faster.
 INT4_ACTIVATION_BITS = 8
 Progress = Callable[[str, int, int], Any]
@@ -126,9 +126,7 @@ class Data:
         self.tokenizer = None
         self.begin: int | None = None  #: the token that a decoder's texts begin with in use
         if "tokenizer.json" in model.assets:
-            self.tokenizer = load_tokenizer(model.assets)
-            self.tokenizer.no_padding()
-            self.tokenizer.no_truncation()
+            self.tokenizer = plain_tokenizer(model.assets)
         build = {"decoder": self._decoder, "encoder": self._encoder, "image": self._image}.get(model.kind)
         self.calibration: list[tuple[Tensor, ...]] = []
         self.held_out: list[tuple[Tensor, ...]] = []
@@ -143,24 +141,17 @@ class Data:
         if data is None:
             self.warnings.append("calibrated on bundled passages: give data like what the model will see")
             data = PASSAGES
-        if isinstance(data, str | Path):
-            path = Path(data)
-            if len(str(data)) < 4096 and path.is_file():
-                data = path.read_text(errors="replace")
-            elif isinstance(data, Path):
-                raise ArgumentError(f"data must be a file, there is none at {data}")
-            data = [str(data)]
-        if not isinstance(data, Sequence) or not all(isinstance(t, str) for t in data) or not data:
-            raise ArgumentError("data must be a text, a list of texts or the path of a text file")
-        self.hash = hashlib.sha256("\0".join(data).encode()).hexdigest()
-        return list(data)
+        texts = read_texts(data)
+        self.hash = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        return texts
 
     def _decoder(self, graph: Graph, data: Any) -> None:
         if self.tokenizer is None:
             raise ArgumentError("data cannot be used: this model has no tokenizer")
         text = "\n\n".join(self._texts(data))
         bos = self.model.config.get("bos_token_id")
-        windows = token_windows(text, self.tokenizer, bos, WINDOW, CALIBRATION_WINDOWS + HELD_OUT_WINDOWS)
+        length = min(WINDOW, self.model.config.get("context") or WINDOW)
+        windows = token_windows(text, self.tokenizer, bos, length, CALIBRATION_WINDOWS + HELD_OUT_WINDOWS)
         keep = min(max(1, len(windows) // 5), HELD_OUT_WINDOWS)
         self.begin = hygiene.begin_token(self.tokenizer, bos)
         self.calibration = [decoder_inputs(graph, w) for w in windows[:-keep] or windows]
@@ -169,9 +160,7 @@ class Data:
     def _encoder(self, graph: Graph, data: Any) -> None:
         if self.tokenizer is None:
             raise ArgumentError("data cannot be used: this model has no tokenizer")
-        texts = self._texts(data)
-        if len(texts) == 1:  # a document: its sentences
-            texts = [t.strip() for t in re.split(r"(?<=[.!?])\s+", texts[0]) if len(t.strip()) > 20][:320]
+        texts = sentences(self._texts(data), SENTENCES)
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.seed)).tolist()
         texts = [texts[i] for i in order]
         keep = max(1, len(texts) // 5)

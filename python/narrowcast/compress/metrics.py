@@ -132,7 +132,7 @@ def similarity_metrics(reference: Tensor, ours: Tensor) -> dict[str, Metric]:
 def _ranks(x: Tensor) -> Tensor:
     """Ranks of the values of x; equal values share the mean of their ranks."""
     _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
+    return (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]
 
 
 def image_metrics(reference: Tensor, ours: Tensor) -> dict[str, Metric]:

@@ -56,11 +56,16 @@ def load_picture(path: str | Path, config: dict[str, Any]) -> Tensor:
     return to_pixels(array.copy(), config)
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures that lie in a folder, in order of their names; none where there is no folder."""
+    return sorted(p for p in folder.glob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+
+
 def load_folder(folder: Path, config: dict[str, Any]) -> Tensor:
     """All pictures of a folder, in order of their names."""
     if not folder.is_dir():
         raise ArgumentError(f"data must be a folder of pictures, there is none at {folder}")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
+    files = picture_files(folder)
     if not files:
         raise ArgumentError(f"data must be a folder of pictures; {folder} holds none")
     return torch.cat([load_picture(p, config) for p in files])
