@@ -103,7 +103,7 @@ def evaluate(
     labels: for image models: class numbers or names, as a sequence for a tensor, else as a mapping from file to
         label or the path of a .csv or .json file.
     limit: at most this many windows of 512 tokens, texts or pictures (evenly chosen).
-    device, threads: see :class:`narrowcast.Executor`.
+    device, threads: see :class:`narrowcast.Executor`; an ``Executor`` that is given keeps its own.
 
     Language models: "perplexity"; against a reference also "perplexity_reference", "perplexity_increase"
     (relative), "kl" (reference || plan) and "same_top1". Encoders: "cosine" and "cosine_min" to the reference's
@@ -167,7 +167,7 @@ def executor_of(model: Any, device: str = "auto", threads: int | None = None) ->
 
 def _source_beside(plan: Any) -> Path | None:
     """The file that a plan was made from, bit for bit, when it lies in the plan's folder."""
-    if not isinstance(plan, Plan) or plan.path is None or plan.recipe == "fp32":
+    if not isinstance(plan, Plan) or plan.path is None:
         return None
     # The name comes out of a file: only a name, never a way to another folder.
     path = plan.path.parent / Path(str(plan.source.get("path", ""))).name
