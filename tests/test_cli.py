@@ -212,10 +212,10 @@ def test_inspect(cli, plan_file):
 def test_inspect_writes_a_page_and_a_plot(cli, plan_file, tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     page, plot = tmp_path / "a.html", tmp_path / "a.png"
-    result = cli("inspect", plan_file, "--html", page, "--png", plot)
+    result = cli("inspect", plan_file, "--report", page, "--png", plot)
     assert result.code == 0 and f"wrote {page}" in result.out
     text = page.read_text()
-    assert "<svg" in text and "<script" not in text and "http" not in text
+    assert "data:image/png" in text and "<script" not in text and "://" not in text
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.html", "a.png"]
 
@@ -227,7 +227,7 @@ def test_inspect_without_matplotlib(cli, plan_file, tmp_path, monkeypatch):
 
 
 def test_inspect_cannot_write(cli, plan_file, tmp_path):
-    one_line(cli("inspect", plan_file, "--html", tmp_path / "no" / "a.html"), 1, "No such file")
+    one_line(cli("inspect", plan_file, "--report", tmp_path / "no" / "a.html"), 2, "does not exist")
 
 
 # --- verify ---------------------------------------------------------------------------------------

@@ -170,11 +170,10 @@ def test_a_damaged_weight_is_named(cnn):
 
 
 def test_reports(cnn, tmp_path):
-    from narrowcast.graph.report import layers_of, nodes_of, write_html, write_png
+    from narrowcast.graph.report import layers_of, nodes_of, write_png
 
     plan = nc.compress(cnn[0], recipe="int8", data=torch.randn(30, 3, 16, 16))
     assert isinstance(plan, Plan) and {layer["precision"] for layer in layers_of(plan)} >= {"int8"}
     assert any(node["op"] == "narrowcast.conv2d_int8.default" for node in nodes_of(plan))
-    write_html(plan, tmp_path / "plan.html")
     write_png(plan, tmp_path / "plan.png")
-    assert "<svg" in (tmp_path / "plan.html").read_text() and (tmp_path / "plan.png").stat().st_size > 1000
+    assert (tmp_path / "plan.png").stat().st_size > 1000

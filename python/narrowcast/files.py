@@ -8,6 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import ArgumentError
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises ArgumentError when a file cannot be made at ``path``: before work that would be lost."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ArgumentError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ArgumentError(f"cannot write {path}: it is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise ArgumentError(f"cannot write {path}: the folder {path.parent} may not be written to")
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:

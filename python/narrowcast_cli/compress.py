@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import output
+from .inspect import write_report
 
 
 def compress(
@@ -23,20 +24,25 @@ def compress(
     kv_cache: Annotated[str, typer.Option(help="float or int8: the cache of a language model")] = "float",
     device: Annotated[str, typer.Option(help="the device that the plan is measured on")] = "cpu",
     seed: Annotated[int, typer.Option(help="of whatever is drawn at random")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="write one self-contained HTML page about the plan")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Compress a model and write a plan that carries its own certificate."""
     import narrowcast
-    from narrowcast.errors import ArgumentError
+    from narrowcast.files import check_writable
 
-    if not out.parent.is_dir():
-        raise ArgumentError(f"cannot write {out}: the folder {out.parent} does not exist")
-    with output.progress(quiet=json) as report:
+    for file in (out, report):
+        if file is not None:
+            check_writable(file)
+    with output.progress(quiet=json) as progress:
         plan = narrowcast.compress(
             source, recipe=recipe, data=data, budget=budget, kv_cache=kv_cache, device=device, seed=seed,
-            progress=report, work=out.with_name(f".{out.name}.work"),
+            progress=progress, work=out.with_name(f".{out.name}.work"),
         )  # fmt: skip
         plan.save(out)
+    content = None if report is None else write_report(narrowcast.Plan.load(out), report)
     summary = {
         "plan": str(out),
         "recipe": plan.recipe,
@@ -48,14 +54,16 @@ def compress(
         "warnings": plan.record.get("warnings", []),
     }
     if json:
-        output.print_json(summary)
+        output.print_json(summary if content is None else summary | {"report": content})
         return
     rows = [
         [name.replace("_", " "), _shown(name, value)] for name, value in summary.items() if name != "warnings"
     ]
     output.console().print(output.table("compressed", ["what", "value"], rows))
     for warning in summary["warnings"]:
-        output.console().print(f"warning: {warning}")
+        output.console().print(f"warning: {warning}", markup=False)
+    if report is not None:
+        output.console().print(f"wrote {report}", markup=False)
 
 
 def _shown(name: str, value) -> str:

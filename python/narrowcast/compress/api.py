@@ -307,6 +307,7 @@ def _certify(plan: Plan, fused: Graph, data: Data) -> None:
     exe = Executor(plan, device="cpu")
     held_out = data.held_out[:MEASURED_BATCHES]
     results, errors = measure.compare(plan.kind, fused, exe, held_out)
+    samples: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
     if plan.kind == "decoder":
         ids = held_out[0][0][:, :64]
         reference = fused.run(*(x.clone() for x in decoder_inputs(fused, ids)))[0]
@@ -332,5 +333,5 @@ def _widest_rounded(plan: Plan, fused: Graph) -> int:
     """Most inputs of a layer that GPTQ rounded for its calibration data."""
     names = {d["name"] for d in plan.record["layers"] if d["damping"] is not None}
     layers = [Layer(node) for node in fused.calls(ops.linear.default)]
-    depths = [fused.weight(x["weight"]).shape[1] for x in layers if layer_name(x) in names]
+    depths = [fused.weights[x["weight"].target].shape[1] for x in layers if layer_name(x) in names]
     return max(depths, default=0)

@@ -1,58 +1,66 @@
-"""What is in a plan, as rows, as a page, as a plot."""
+"""What is in a plan: rows per layer and per node, the report that a page and JSON share, a plot."""
 
 from __future__ import annotations
 
-import html
 import os
-from typing import Any
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from torch import fx
 
-from narrowcast.errors import UnsupportedError
+from narrowcast.errors import FormatError, UnsupportedError
 from narrowcast.files import atomic_path
 
 from .plan import Plan
 from .serialize import target_name
 
-_LAYERS = ("linear", "conv2d", "linear_int8", "linear_dynamic_int8", "linear_grouped", "conv2d_int8")
+_PRODUCTS = {
+    "linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "conv1d", "conv2d", "conv3d", "convolution", "embedding",
+    "linear_int8", "linear_dynamic_int8", "linear_grouped", "conv2d_int8",
+}  # fmt: skip
 _COLOURS = {"int8": "#2a7ab0", "int4": "#c4661f", "float32": "#777777"}
+#: Metrics of which float32 has a value of its own or, measured against itself, this one.
+_FLOAT32 = {"perplexity_increase": 0.0, "kl": 0.0, "same_top1": 1.0, "cosine": 1.0, "cosine_min": 1.0,
+            "agreement": 1.0, "agreement_confident": 1.0}  # fmt: skip
+#: Damping of a Hessian that needed no second try.
+_FIRST_DAMPING = 0.01
+
+Times = dict[str, dict[str, float]]
 
 
-def layers_of(plan: Plan) -> list[dict[str, Any]]:
-    """A row per layer: name, op, precision, bytes, sqnr_db (or None), why. First what compression looked at."""
-    weights = plan.graph.weights
-    rows = []
-    seen: set[str] = set()
-    for entry in plan.record.get("layers", []):
-        name = str(entry.get("name", ""))
-        own = [key for key in weights if key == name or key.startswith(f"{name}.")]
-        seen.update(own)
-        size = sum(weights[key].nbytes for key in own)
-        rows.append(
-            {
-                "name": name,
-                "op": entry.get("op", ""),
-                "precision": entry.get("precision", ""),
-                "bytes": size,
-                "sqnr_db": entry.get("sqnr_db"),
-                "why": entry.get("why", ""),
-            }
-        )
-    for node in plan.graph.calls():
-        op = target_name(node.target).removeprefix("narrowcast.").removesuffix(".default")
-        own = [str(x.target) for x in node.all_input_nodes if x.op == "get_attr" and x.target in weights]
-        if op in _LAYERS and own and not seen.intersection(own):
-            first = weights[own[0]]
-            rows.append(
-                {
-                    "name": str(node.meta.get("source") or own[0].rpartition(".")[0]),
-                    "op": op,
-                    "precision": str(first.dtype).removeprefix("torch."),
-                    "bytes": sum(weights[key].nbytes for key in own),
-                    "sqnr_db": None,
-                    "why": "",
-                }
-            )
+def layers_of(plan: Plan, times: Times | None = None) -> list[dict[str, Any]]:
+    """A row per layer: first what compression looked at, then every other product with a weight of the plan.
+
+    Keys: name, op, precision, bytes, sqnr_db (None: not measured), why, notes, group_size, alpha, damping, dead,
+    and ms, milliseconds per case of ``times`` (case -> name of a node -> milliseconds; see runtime.timing).
+    Bytes that two layers share, such as a tied table, count in the first of them.
+
+    Raises FormatError for a record that compress would not have written.
+    """
+    rows = [_recorded(entry) for entry in _part(plan.record, "layers", list, [])]
+    owners = _owners(plan, [row["name"] for row in rows])
+    reads = _reads(plan)
+    of_node: dict[str, int] = {}
+    for node, keys in reads.items():
+        op = _op(node)
+        found = sorted({index for key in keys for index in owners[key]})
+        if found:
+            same = [index for index in found if rows[index]["op"] == op]
+            of_node[node.name] = same[0] if same else found[-1]
+        elif keys and op in _PRODUCTS:
+            rows.append(_found(plan, node, op, keys))
+            for key in keys:
+                owners[key].append(len(rows) - 1)
+            of_node[node.name] = len(rows) - 1
+    for key, indices in owners.items():
+        if indices:
+            rows[indices[0]]["bytes"] += plan.graph.weights[key].nbytes
+    for case, nodes in (times or {}).items():
+        for name, ms in nodes.items():
+            if name in of_node:
+                spent = rows[of_node[name]]["ms"]
+                spent[case] = spent.get(case, 0.0) + ms
     return rows
 
 
@@ -69,72 +77,186 @@ def nodes_of(plan: Plan) -> list[dict[str, str]]:
     ]
 
 
-def write_html(plan: Plan, path: str | os.PathLike) -> None:
-    """One self-contained page: the summary, the certificate, error and precision of every layer."""
-    layers = layers_of(plan)
-    metrics = plan.certificate.get("metrics", {})
-    bounds = plan.certificate.get("bounds", {})
-    text = html.escape
-    facts = "".join(
-        f"<tr><td>{text(name)}</td><td>{value:.6g}</td><td>{_bounds(bounds.get(name))}</td></tr>"
-        for name, value in metrics.items()
-    )
-    rows = "".join(
-        f"<tr><td>{text(r['name'])}</td><td>{text(r['op'])}</td><td>{text(r['precision'])}</td>"
-        f"<td class=n>{r['bytes']:,}</td><td class=n>{_decibels(r['sqnr_db'])}</td><td>{text(r['why'])}</td></tr>"
-        for r in layers
-    )
-    page = f"""<!doctype html><meta charset="utf-8"><title>{text(plan.recipe)} plan</title>
-<style>body{{font:14px sans-serif;margin:2em;max-width:70em}}td,th{{padding:.1em .8em .1em 0;text-align:left}}
-.n{{text-align:right}}</style>
-<h1>{text(str(plan.source.get("path", "plan")))}: {text(plan.recipe)}</h1>
-<p>{text(plan.kind)}, {plan.weight_bytes:,} bytes of weights.</p>
-<h2>Measured on held-out data</h2><table><tr><th>metric<th>value<th>95 %</tr>{facts}</table>
-<h2>Error per layer</h2>{_bars(layers)}
-<table><tr><th>layer<th>op<th>weights<th>bytes<th>SQNR dB<th>why</tr>{rows}</table>
-"""
-    with atomic_path(path) as temporary:
-        temporary.write_text(page)
+def report_of(plan: Plan, timing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Everything that a plan says of itself, as plain JSON; the page shows exactly this.
+
+    timing: what runtime.timing.time_layers measured here, or None. "data" is None for a plan without figures
+    of its calibration data; "data_recorded" tells an earlier version from a plan that was made without data.
+
+    Raises FormatError for a record or a certificate that compress would not have written.
+    """
+    certificate = plan.certificate
+    data = _part(certificate, "data", dict, None)
+    data_warnings = [str(w) for w in _part(data or {}, "warnings", list, [])]
+    warnings = [str(w) for w in _part(plan.record, "warnings", list, [])]
+    layers = layers_of(plan, (timing or {}).get("nodes"))
+    sizes: dict[str, dict[str, int]] = defaultdict(lambda: {"layers": 0, "bytes": 0})
+    for row in layers:
+        sizes[row["precision"]]["layers"] += 1
+        sizes[row["precision"]]["bytes"] += row["bytes"]
+    rest = plan.weight_bytes - sum(row["bytes"] for row in layers)
+    return {
+        "plan": str(plan.path) if plan.path is not None else None,
+        "model": str(plan.source.get("name") or plan.source.get("path") or "an nn.Module"),
+        "kind": plan.kind,
+        "recipe": plan.recipe,
+        "kv_cache": plan.record.get("kv_cache"),
+        "written_by": plan.written_by,
+        "bytes": plan.path.stat().st_size if plan.path is not None else None,
+        "weight_bytes": plan.weight_bytes,
+        "bytes_float32": plan.record.get("bytes_float32"),
+        "bytes_source": plan.source.get("bytes"),
+        "metrics": _metrics(certificate),
+        "certificate": certificate,
+        "precisions": {**sizes, "other weights": {"layers": 0, "bytes": rest}},
+        "layers": layers,
+        "left_in_float": [
+            {"name": row["name"], "op": row["op"], "why": row["why"]}
+            for row in layers
+            if row["precision"].startswith(("float", "bfloat"))
+        ],
+        "notes": [w for w in warnings if w not in data_warnings],
+        "data_recorded": "data" in certificate,
+        "data": data,
+        "timing": timing,
+        "nodes": nodes_of(plan),
+    }
 
 
-def _bounds(pair: Any) -> str:
-    return f"{pair[0]:.5g} .. {pair[1]:.5g}" if isinstance(pair, list) and len(pair) == 2 else ""
+# --- rows -----------------------------------------------------------------------------------------
 
 
-def _decibels(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _part(mapping: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = mapping.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise FormatError(f"the plan's record is not well formed: {key}")
+    return default if value is None else value
 
 
-def _bars(layers: list[dict[str, Any]]) -> str:
-    known = [r for r in layers if r["sqnr_db"] is not None]
-    if not known:
-        return "<p>No layer was measured.</p>"
-    width, height = max(4, min(16, 900 // len(known))), 160
-    top = max(r["sqnr_db"] for r in known)
-    bars = []
-    for index, r in enumerate(known):
-        tall = max(1.0, r["sqnr_db"] / max(top, 1) * height)
-        bars.append(
-            f'<rect x="{index * width}" y="{height - tall:.1f}" width="{width - 1}" height="{tall:.1f}" '
-            f'fill="{_COLOURS.get(r["precision"], "#999999")}"><title>{html.escape(r["name"])}: '
-            f"{r['sqnr_db']:.1f} dB, {r['precision']}</title></rect>"
-        )
-    return f'<svg width="{len(known) * width}" height="{height}">{"".join(bars)}</svg>'
+def _number(entry: dict[str, Any], key: str) -> float | None:
+    value = entry.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise FormatError(f"the plan's record is not well formed: {key}")
+    return value
+
+
+def _recorded(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise FormatError("the plan's record is not well formed: layers")
+    notes = [str(note) for note in _part(entry, "notes", list, [])]
+    dead, damping = _number(entry, "dead") or 0, _number(entry, "damping")
+    if dead:
+        notes.append(f"{dead} of its inputs were zero in all of the calibration data")
+    if damping is not None and damping > _FIRST_DAMPING:
+        notes.append(f"rounded with damping {damping:g}")
+    return {
+        "name": str(entry.get("name", "")),
+        "op": str(entry.get("op", "")),
+        "precision": str(entry.get("precision", "")),
+        "bytes": 0,
+        "sqnr_db": _number(entry, "sqnr_db"),
+        "why": str(entry.get("why", "")),
+        "notes": notes,
+        "group_size": _number(entry, "group_size") or 0,
+        "alpha": _number(entry, "alpha"),
+        "damping": damping,
+        "dead": dead,
+        "ms": {},
+    }
+
+
+def _found(plan: Plan, node: fx.Node, op: str, keys: list[str]) -> dict[str, Any]:
+    """A layer that the record does not name: all of a float plan, and what a recipe does not change."""
+    largest = max(keys, key=lambda key: plan.graph.weights[key].numel())
+    precision = str(plan.graph.weights[largest].dtype).removeprefix("torch.")
+    if op == "linear_grouped":
+        precision = f"int{node.args[5] if len(node.args) > 5 else node.kwargs['bits']}"
+    why = ""
+    if plan.graph.weights[largest].is_floating_point():
+        why = "the recipe is fp32" if plan.recipe == "fp32" else f"recipe {plan.recipe} does not change it"
+    row = _recorded({"name": largest.removesuffix(".weight"), "op": op, "precision": precision, "why": why})
+    return row
+
+
+def _op(node: fx.Node) -> str:
+    """The plain name of a call: ``linear`` of ``narrowcast.linear.default`` and of ``aten.linear.default``."""
+    return target_name(node.target).split(".")[1]
+
+
+def _owners(plan: Plan, names: list[str]) -> dict[str, list[int]]:
+    """For every weight the rows of the layer it belongs to: the longest name that its own begins with."""
+    rows = defaultdict(list)
+    for index, name in enumerate(names):
+        rows[name].append(index)
+    owners = {}
+    for key in plan.graph.weights:
+        name = key
+        while name and name not in rows:
+            name = name.rpartition(".")[0]
+        owners[key] = list(rows.get(name, [])) if name else []
+    return owners
+
+
+def _reads(plan: Plan) -> dict[fx.Node, list[str]]:
+    """The weights that each call reads, directly or through calls that read nothing else."""
+    constant: dict[fx.Node, list[str]] = {}
+    reads = {}
+    for node in plan.graph.fx.nodes:
+        if node.op == "get_attr":
+            constant[node] = [str(node.target)]
+        elif node.op == "call_function":
+            inputs = node.all_input_nodes
+            keys = [key for x in inputs for key in constant.get(x, [])]
+            if inputs and all(x in constant for x in inputs):
+                constant[node] = keys
+            else:
+                reads[node] = [key for key in keys if key in plan.graph.weights]
+    return reads
+
+
+def _metrics(certificate: dict[str, Any]) -> list[dict[str, Any]]:
+    values, bounds = _part(certificate, "metrics", dict, {}), _part(certificate, "bounds", dict, {})
+    rows = []
+    for name in values:
+        pair = _part(bounds, name, list, [])
+        low, high = (_number(dict(enumerate(pair)), i) for i in (0, 1))  # type: ignore[arg-type]
+        before = _number(values, f"{name}_float32") if f"{name}_float32" in values else _FLOAT32.get(name)
+        row = {"name": name, "float32": before, "value": _number(values, name), "low": low, "high": high}
+        if not name.endswith("_float32"):
+            rows.append(row)
+    return rows
+
+
+# --- the plot -------------------------------------------------------------------------------------
 
 
 def write_png(plan: Plan, path: str | os.PathLike) -> None:
-    """A bar per layer: its signal-to-quantisation-noise ratio, coloured by precision."""
+    """A bar per layer: its signal-to-quantisation-noise ratio, coloured by precision.
+
+    Raises UnsupportedError without matplotlib, OSError when the file cannot be written.
+    """
+    with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
+        draw_png(layers_of(plan), f"{plan.source.get('path', 'plan')}: {plan.recipe}", file)
+
+
+def draw_png(layers: list[dict[str, Any]], title: str, file: BinaryIO) -> None:
+    """The plot of :func:`write_png` for rows of :func:`layers_of`."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UnsupportedError("plots need matplotlib: pip install narrowcast[plot]") from error
-    known = [r for r in layers_of(plan) if r["sqnr_db"] is not None]
-    figure = Figure(figsize=(max(6, len(known) * 0.12), 4), layout="constrained")
+    known = [r for r in layers if r["sqnr_db"] is not None]
+    figure = Figure(figsize=(min(40, max(6, len(known) * 0.12)), 4), layout="constrained")
     axes = figure.subplots()
-    colours = [_COLOURS.get(r["precision"], "#999999") for r in known]
-    axes.bar(range(len(known)), [r["sqnr_db"] for r in known], color=colours)
-    axes.set_xticks(range(len(known)), [r["name"] for r in known], rotation=90, fontsize=5)
+    for precision in sorted({r["precision"] for r in known}):
+        places = [i for i, r in enumerate(known) if r["precision"] == precision]
+        heights = [known[i]["sqnr_db"] for i in places]
+        axes.bar(places, heights, color=_COLOURS.get(precision, "#999999"), label=precision)
+    # A name may hold a dollar sign, which is no formula here.
+    names = [r["name"] for r in known]
+    axes.set_xticks(range(len(known)), names, rotation=90, fontsize=5, parse_math=False)
     axes.set_ylabel("SQNR (dB)")
-    axes.set_title(f"{plan.source.get('path', 'plan')}: {plan.recipe}")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    axes.set_title(title, parse_math=False)
+    if known:
+        axes.legend(title="weights")
+    figure.savefig(file, dpi=150, format="png")

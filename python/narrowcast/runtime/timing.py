@@ -1,4 +1,4 @@
-"""The usual cases of a plan, timed; peers interleaved in the same run."""
+"""The usual cases of a plan, timed, whole and step by step; peers interleaved in the same run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..graph.plan import Plan
 from .cache import KVCache
 from .executor import Executor
 
@@ -44,6 +45,36 @@ def cases_of(executor: Executor) -> list[Case]:
     else:
         raise UnsupportedError("bench knows the cases of language models, encoders and image models only")
     return [Case(name, lambda i=inputs: executor(*i), inputs) for name, inputs in shapes.items()]
+
+
+def time_layers(plan: Plan, repeats: int = 5, threads: int | None = None) -> dict[str, Any]:
+    """Milliseconds of every node on this machine's CPU, medians of ``repeats`` runs, as plain JSON.
+
+    "cases": name -> milliseconds of a whole run, for the first two of :func:`cases_of`; a model of another kind
+    runs the inputs of its certificate. "nodes": case -> name of a node -> milliseconds. Beside them device,
+    kernels, threads, repeats.
+
+    Raises UnsupportedError when there are no inputs to run.
+    """
+    executor = Executor(plan, device="cpu", threads=threads)
+    if plan.kind in ("decoder", "encoder", "image"):
+        inputs = {case.name: case.inputs for case in cases_of(executor)[:2]}
+    else:
+        names = sorted((n for n in plan.samples if n.startswith("input.0.")), key=lambda n: int(n[8:]))
+        if not names:
+            raise UnsupportedError("a plan without a certificate has no inputs to be timed with")
+        inputs = {"sample": tuple(plan.samples[name] for name in names)}
+    profiles = {
+        case: executor.profile(*tensors, repeats=repeats, warmup=1) for case, tensors in inputs.items()
+    }
+    return {
+        "device": str(executor.device),
+        "kernels": torch.ops.narrowcast._isa(),
+        "threads": executor.threads,
+        "repeats": repeats,
+        "cases": {case: profile.ms for case, profile in profiles.items()},
+        "nodes": {case: {row.node: row.ms for row in profile.rows} for case, profile in profiles.items()},
+    }
 
 
 def measure(calls: dict[str, Callable[[], Any]], repeats: int, inner: int = 1) -> dict[str, dict[str, float]]:
