@@ -325,3 +325,10 @@ def test_times_belong_to_their_layers(plan):
     spent = sum(row["ms"]["sample"] for row in rows)
     assert all(len(row["ms"]) == 1 for row in rows) and 0 < spent <= timing["cases"]["sample"]
     assert timing["threads"] == 1 and re.fullmatch(r"\w+", timing["kernels"])
+
+
+def test_a_layer_without_a_step_of_its_own_has_no_time(plan, tmp_path):
+    timing = time_layers(plan, repeats=3, threads=1)
+    timing["nodes"]["sample"] = {}
+    write_page(report_of(plan, timing), tmp_path / "a.html")
+    assert "sample ms" in Reader((tmp_path / "a.html").read_text()).text

@@ -124,7 +124,7 @@ model again to have the figures.</p>
 {% for row in layers %}
 <tr><td class="name">{{ row.name }}<td>{{ row.op }}<td>{{ row.precision }}<td class="n">{{ row.group_size or "" }}
 <td class="n">{{ row.bytes | count }}<td class="n">{{ row.sqnr_db | decibels }}
-{%- for case in cases %}<td class="n">{{ row.ms[case] | milliseconds }}{% endfor %}<td>{{ row.why }}
+{%- for case in cases %}<td class="n">{{ row.ms.get(case) | milliseconds }}{% endfor %}<td>{{ row.why }}
 <td>{{ row.notes | join("; ") }}
 {% else %}
 <tr><td>The graph multiplies by no weight.
