@@ -3,6 +3,7 @@
     build         the CUDA library, into this Python's environment
     correctness   tests/gpu, one process per room: every op and backend against float64, compiled, captured, on streams
     triton        tests/triton_kernels on the device
+    conformance   every instruction of kernels/common/ptx.cuh beside the emulator's word for it
     sanitizer     compute-sanitizer over small cases of the compiled kernels, where the tool is
 
 Every part of a stage is a process with a time limit of its own; a part that fails or hangs hides no other. A stage ends
@@ -74,6 +75,11 @@ def triton() -> list[Part]:
     return [pytest(f.stem, str(f)) for f in sorted((ROOT / "tests/triton_kernels").glob("test_*.py"))]
 
 
+def conformance() -> list[Part]:
+    command = [PYTHON, str(ROOT / "tests/gpu/conformance.py"), "--json", "{json}"]
+    return [Part("ptx", command, environment={"CUDA_HOME": str(CUDA)})]
+
+
 def sanitizer() -> list[Part]:
     program = tool("compute-sanitizer") or "compute-sanitizer"
     small = [PYTHON, str(ROOT / "tests/gpu/small.py")]
@@ -87,7 +93,8 @@ def sanitizer() -> list[Part]:
 
 
 STAGES: dict[str, Callable[[], list[Part]]] = {
-    "build": build, "correctness": correctness, "triton": triton, "sanitizer": sanitizer,
+    "build": build, "correctness": correctness, "triton": triton, "conformance": conformance,
+    "sanitizer": sanitizer,
 }  # fmt: skip
 
 
