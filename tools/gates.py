@@ -1,11 +1,11 @@
 """What can be proven about GPU kernels without a GPU. Run by ``make gates``.
 
-emulator   kernels of every room run on the CPU, watched for races, wrong waits and stray accesses
-mutation   the same tests must notice when a barrier, a wait or an index of a kernel is wrong
-sass       nvcc compiles for sm_80 and sm_90a; the machine code keeps the promises of the ``// GATE`` lines
+emulator     kernels of every room run on the CPU, watched for races, wrong waits and stray accesses
+mutation     the same tests must notice when a barrier, a wait or an index of a kernel is wrong
+sass         nvcc compiles for sm_80 and sm_90a; the machine code keeps the promises of the ``// GATE`` lines
 conformance  what compares common/ptx.cuh with the emulator on a GPU (tests/gpu) compiles for sm_80 and sm_90a
-triton     every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, and keeps its promises
-library    the CUDA library builds, needs nothing of torch but its stable ABI, and registers its ops
+triton       every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, and keeps its promises
+library      the CUDA library builds, needs nothing of torch but its stable ABI, and registers its ops
 
 A ``// GATE NAME: ...`` line of a kernel file holds for kernels whose mangled name matches NAME:
 ``registers <= N``, ``spills = 0``, ``contains INSTRUCTION ...``; NAME ``block``: ``shared <= BYTES``.

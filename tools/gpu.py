@@ -7,8 +7,9 @@
     sanitizer     compute-sanitizer over small cases of the compiled kernels, where the tool is
     bench         bench/bench_gpu.py, room after room: every op beside the peers that are installed
 
-A room that bench times (linear_int8, attention, ...) is a stage too: that room's timings alone, in full length. Every part of a stage is a process with a time limit of its own; a part that fails or hangs hides no other. A stage ends
-within 9 minutes and leaves OUT/<stage>.json (OUT: build/gpu by default): rows, and one that describes the machine.
+A room that bench times (linear_int8, attention, ...) is a stage too: its timings alone, for as long as they take.
+Every part of a stage is a process with a time limit of its own; a part that fails or hangs hides no other. A stage
+ends within 9 minutes and leaves OUT/<stage>.json (OUT: build/gpu by default): rows, and one that describes the machine.
 The exit code is 1 if anything failed. Nothing is downloaded.
 """
 
