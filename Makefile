@@ -60,7 +60,7 @@ gpu:
 	@$(PYTHON) tools/gpu.py $(STAGE)
 
 bench: venv
-	@for script in bench/bench_*.py; do echo "$$script"; $(PY) "$$script" --quick; done
+	@for script in $(filter-out bench/bench_gpu.py,$(wildcard bench/bench_*.py)); do echo "$$script"; $(PY) "$$script" --quick; done
 
 lint: venv
 	@$(VENV)/bin/ruff check .

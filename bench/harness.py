@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import narrowcast
 from narrowcast.files import atomic_path
 from narrowcast.runtime.threads import cpu_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -172,6 +174,9 @@ def best_peer(result: Mapping) -> tuple[str, float]:
 
 
 def show(rows: Sequence[Mapping], console: Console | None = None) -> None:
+    from rich.console import Console  # which a machine that only writes rows need not have
+    from rich.table import Table
+
     table = Table(title=None, header_style="bold")
     for heading in ("room", "case", "dtype", "threads"):
         table.add_column(heading)

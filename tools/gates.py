@@ -1,10 +1,11 @@
 """What can be proven about GPU kernels without a GPU. Run by ``make gates``.
 
-emulator   kernels of every room run on the CPU, watched for races, wrong waits and stray accesses
-mutation   the same tests must notice when a barrier, a wait or an index of a kernel is wrong
-sass       nvcc compiles for sm_80 and sm_90a; the machine code keeps the promises of the ``// GATE`` lines
-triton     every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, and keeps its promises
-library    the CUDA library builds, needs nothing of torch but its stable ABI, and registers its ops
+emulator     kernels of every room run on the CPU, watched for races, wrong waits and stray accesses
+mutation     the same tests must notice when a barrier, a wait or an index of a kernel is wrong
+sass         nvcc compiles for sm_80 and sm_90a; the machine code keeps the promises of the ``// GATE`` lines
+conformance  what compares common/ptx.cuh with the emulator on a GPU (tests/gpu) compiles for sm_80 and sm_90a
+triton       every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, and keeps its promises
+library      the CUDA library builds, needs nothing of torch but its stable ABI, and registers its ops
 
 A ``// GATE NAME: ...`` line of a kernel file holds for kernels whose mangled name matches NAME:
 ``registers <= N``, ``spills = 0``, ``contains INSTRUCTION ...``; NAME ``block``: ``shared <= BYTES``.
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from emulator import build, mutate  # noqa: E402
+from gpu import conformance as on_a_gpu  # noqa: E402
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 #: Mutants that must be noticed; the rest change nothing that counts, or nothing at all.
@@ -173,6 +175,19 @@ def check_sass(kernel: Path, used: dict[str, tuple[int, int]], code: dict[str, s
     return ("FAILED", "\n    ".join(broken)) if broken else ("passed", text)
 
 
+def conformance() -> None:
+    if not (nvcc := tool("nvcc")):
+        return report("conformance", "NOT RUN", "nvcc is absent")
+    with tempfile.TemporaryDirectory() as folder:
+        for arch in ARCHITECTURES:
+            try:
+                on_a_gpu.compile_for(arch, Path(folder) / "program", nvcc)
+            except subprocess.CalledProcessError as error:
+                report(f"conformance {arch}", "FAILED", error.stderr.strip()[-2000:])
+            else:
+                report(f"conformance {arch}", "passed", f"{len(on_a_gpu.CASES)} cases compile")
+
+
 #: Run beside a torch without CUDA, with a stand-in for the one function that its libtorch_cuda.so would have.
 LOAD = """
 import sys, torch, narrowcast
@@ -239,7 +254,10 @@ def triton() -> None:
     triton_gate.run(report, ROOT, tool("cuobjdump"))
 
 
-GATES = {"emulator": emulator, "mutation": mutation, "sass": sass, "triton": triton, "library": library}
+GATES = {
+    "emulator": emulator, "mutation": mutation, "sass": sass, "conformance": conformance, "triton": triton,
+    "library": library,
+}  # fmt: skip
 
 
 def main() -> int:

@@ -3,10 +3,13 @@
     build         the CUDA library, into this Python's environment
     correctness   tests/gpu, one process per room: every op and backend against float64, compiled, captured, on streams
     triton        tests/triton_kernels on the device
+    conformance   every instruction of kernels/common/ptx.cuh beside the emulator's word for it
     sanitizer     compute-sanitizer over small cases of the compiled kernels, where the tool is
+    bench         bench/bench_gpu.py, room after room: every op beside the peers that are installed
 
-Every part of a stage is a process with a time limit of its own; a part that fails or hangs hides no other. A stage ends
-within 9 minutes and leaves OUT/<stage>.json (OUT: build/gpu by default): rows, and one that describes the machine.
+A room that bench times (linear_int8, attention, ...) is a stage too: its timings alone, for as long as they take.
+Every part of a stage is a process with a time limit of its own; a part that fails or hangs hides no other. A stage
+ends within 9 minutes and leaves OUT/<stage>.json (OUT: build/gpu by default): rows, and one that describes the machine.
 The exit code is 1 if anything failed. Nothing is downloaded.
 """
 
@@ -29,7 +32,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
 STAGE_SECONDS = 520
-TOGETHER = 6  # processes that share the device
+TOGETHER = 6  # processes that share the device; timings have it to themselves
+#: Part of the stage bench -> its seconds, and rooms with cases in bench/gpu_cases.py. A process each would cost a room
+#: half its time for the start.
+TIMED = {
+    "products": (180, ("linear", "linear_int8", "linear_grouped")),
+    "attentions": (130, ("attention", "attention_int8", "attention_decode")),
+    "elementwise": (40, ("dequantize", "quantize", "norm")),
+    "convolutions": (90, ("conv2d", "conv2d_int8")),
+}
+TIMED_ROOMS = [room for _, rooms in TIMED.values() for room in rooms]
 PYTHON = sys.executable
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
@@ -74,6 +86,11 @@ def triton() -> list[Part]:
     return [pytest(f.stem, str(f)) for f in sorted((ROOT / "tests/triton_kernels").glob("test_*.py"))]
 
 
+def conformance() -> list[Part]:
+    command = [PYTHON, str(ROOT / "tests/gpu/conformance.py"), "--json", "{json}"]
+    return [Part("ptx", command, environment={"CUDA_HOME": str(CUDA)})]
+
+
 def sanitizer() -> list[Part]:
     program = tool("compute-sanitizer") or "compute-sanitizer"
     small = [PYTHON, str(ROOT / "tests/gpu/small.py")]
@@ -86,9 +103,23 @@ def sanitizer() -> list[Part]:
     ]  # fmt: skip
 
 
+def timings(name: str, budget: int, *rooms: str) -> Part:
+    script = [PYTHON, str(ROOT / "bench/bench_gpu.py"), *rooms, "--budget", str(budget), "--json", "{json}"]
+    return Part(name, script, budget + 60)  # the start, the floors, and a case under way
+
+
+def bench() -> list[Part]:
+    return [timings(name, budget, *rooms) for name, (budget, rooms) in TIMED.items()]
+
+
 STAGES: dict[str, Callable[[], list[Part]]] = {
-    "build": build, "correctness": correctness, "triton": triton, "sanitizer": sanitizer,
+    "build": build, "correctness": correctness, "triton": triton, "conformance": conformance,
+    "sanitizer": sanitizer, "bench": bench,
 }  # fmt: skip
+
+
+def parts_of(stage: str) -> list[Part]:
+    return STAGES[stage]() if stage in STAGES else [timings(stage, STAGE_SECONDS - 80, stage)]
 
 
 def machine() -> dict:
@@ -135,8 +166,9 @@ def run(part: Part, folder: Path, deadline: float) -> tuple[dict, list[dict]]:
 def run_stage(name: str) -> list[dict]:
     print(f"== {name}", flush=True)
     deadline, rows, own = time.monotonic() + STAGE_SECONDS, [], []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(TOGETHER) as pool:
-        for row, found in pool.map(lambda part: run(part, Path(folder), deadline), STAGES[name]()):
+    together = 1 if name in ("bench", *TIMED_ROOMS) else TOGETHER
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(together) as pool:
+        for row, found in pool.map(lambda part: run(part, Path(folder), deadline), parts_of(name)):
             last = row["output"].splitlines()[-1:] or [""]
             print(f"{row['state']:8} {row['case']:24} {row['seconds']:6.1f} s  {last[0]}", flush=True)
             own.append(row)
@@ -151,16 +183,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "stages", nargs="*", metavar="STAGE", help=f"some of {', '.join(STAGES)}; all by default"
+        "stages", nargs="*", metavar="STAGE", help=f"some of {', '.join(STAGES)} (all by default), or a room"
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would run, and run nothing")
     options = parser.parse_args()
     chosen = options.stages or list(STAGES)
-    if unknown := [name for name in chosen if name not in STAGES]:
-        parser.error(f"STAGE must be one of {', '.join(STAGES)}, got {unknown[0]}")
+    if unknown := [name for name in chosen if name not in (*STAGES, *TIMED_ROOMS)]:
+        parser.error(f"STAGE must be one of {', '.join((*STAGES, *TIMED_ROOMS))}, got {unknown[0]}")
     if options.dry_run:
         for name in chosen:
-            for part in STAGES[name]():
+            for part in parts_of(name):
                 print(f"{name:12} {part.name:24} {part.seconds:4} s  {' '.join(part.command)}")
         return 0
     failed = [

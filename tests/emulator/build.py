@@ -48,7 +48,7 @@ COMPILER = os.environ.get("CXX", "g++")
 def _key() -> str:
     """Of everything that a program may include."""
     digest = hashlib.sha256()
-    files = [p for d in ("kernels", "tests/emulator") for p in (ROOT / d).rglob("*")]
+    files = [p for d in ("kernels", "tests/emulator", "tests/gpu") for p in (ROOT / d).rglob("*")]
     for path in sorted(files):
         if path.suffix in (".h", ".cuh", ".cu", ".cpp", ".py", ".inc"):
             digest.update(path.read_bytes())
@@ -72,21 +72,38 @@ def link(objects: list[Path], target: Path) -> Path:
     return target
 
 
-def build(name: str, kernels: list[Path] | None = None) -> Path:
-    """The path of the program ``name``; ``kernels`` replaces its kernel sources (the mutation test)."""
+def _folder() -> Path:
+    """Of what is built from these sources; that of others is removed."""
     folder = BUILD / _key()
     folder.mkdir(parents=True, exist_ok=True)
     for old in BUILD.iterdir():
         if old != folder and old.is_dir():
             shutil.rmtree(old, ignore_errors=True)
-    watched, plain = PROGRAMS[name]
-    here = ROOT / "tests" / "emulator"
-    replaced = kernels is not None
-    jobs = [(here / source, False) for source in MACHINE]
-    jobs += [(ROOT / "kernels" / source, False) for source in plain]
-    jobs += [(here / f"test_{name}.cpp", name == "emulator")]
-    jobs += [(path, True, replaced) for path in kernels or [ROOT / "kernels" / source for source in watched]]
+    return folder
+
+
+def _objects(folder: Path, jobs: list[tuple]) -> list[Path]:
+    """Of the emulator, and of these arguments of compile_object."""
+    jobs = [(ROOT / "tests" / "emulator" / source, False) for source in MACHINE] + jobs
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: compile_object(folder, *job), jobs))
+        return list(pool.map(lambda job: compile_object(folder, *job), jobs))
+
+
+def build(name: str, kernels: list[Path] | None = None) -> Path:
+    """The path of the program ``name``; ``kernels`` replaces its kernel sources (the mutation test)."""
+    folder = _folder()
+    watched, plain = PROGRAMS[name]
+    replaced = kernels is not None
+    jobs: list[tuple] = [(ROOT / "kernels" / source, False) for source in plain]
+    jobs += [(ROOT / "tests" / "emulator" / f"test_{name}.cpp", name == "emulator")]
+    jobs += [(path, True, replaced) for path in kernels or [ROOT / "kernels" / source for source in watched]]
+    objects = _objects(folder, jobs)
     target = folder / f"{name}{'_replaced' if replaced else ''}"
     return link(objects, target) if replaced or not target.exists() else target
+
+
+def build_source(source: Path) -> Path:
+    """The path of a program that is one watched source, kernels and ``main`` in it."""
+    folder = _folder()
+    objects, target = _objects(folder, [(source, True)]), folder / source.stem
+    return target if target.exists() else link(objects, target)

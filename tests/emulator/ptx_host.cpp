@@ -224,8 +224,8 @@ float odd_sum(double a, double b) {
   const float near = static_cast<float>(sum);
   const double lost = (sum - near) + rest;
   uint32_t bits = __builtin_bit_cast(uint32_t, near);
-  if (lost == 0 || !(std::abs(near) <= 3e38f) || (bits & 1)) return near;
-  return __builtin_bit_cast(float, bits + ((lost > 0) == (near > 0) ? 1 : -1));
+  if (lost == 0 || !std::isfinite(near) || (bits & 1)) return near;
+  return __builtin_bit_cast(float, bits + ((lost < 0) == std::signbit(near) ? 1 : -1));
 }
 
 template <class From, class To>
