@@ -10,8 +10,8 @@
 // codes of its rows of q as it starts, and passes over the keys.
 // Numerics: scores exact in int32, then float32; the weights are rounded to the 16 bits of v for
 // the second product. The mean is a sum of pieces, which may differ from the CPU's in its last bit.
-// Cost: Sq Sk (D + 2 Dv) times 2 int8 or half the rate of 16-bit operations a head, half of it
-// where causal; k is read twice and written once in 8 bits, codes and v are read once per 64 rows.
+// Cost: 2 Sq Sk D operations in int8 and 2 Sq Sk Dv in 16 bits a head, half of it where causal; k
+// is read twice and its codes written once; codes and v are read once per 64 rows.
 //
 // GATE attention_int8_rows: spills = 0, contains IMMA.16832.S8.S8 HMMA.16816.F32 LDSM.16.M88.4
 // GATE attention_int8_rows: contains LDSM.16.MT88.4 MUFU.EX2 LDGSTS.E.BYPASS.128
