@@ -218,6 +218,10 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
       "causal, int window, float softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
       "sinks) -> (Tensor out, Tensor lse)");
   m.def(
+      "_attention_int8_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, float? scale, bool causal, "
+      "int window, float softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sinks) -> "
+      "Tensor");
+  m.def(
       "_attention_decode_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? "
       "k_scale, Tensor? v_scale, float? scale, int window, float softcap, Tensor? block_table, "
       "Tensor? sinks) -> Tensor");

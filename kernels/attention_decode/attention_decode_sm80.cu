@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     w.item.row0 = piece * T::kRows;
     w.item.rows = rows - w.item.row0 < T::kRows ? rows - w.item.row0 : T::kRows;
   }
-  attention_block<T>(a, w);
+  attention_block<T>(
+      a, w, [&](typename T::Shared& shared, int group) { copy_q<T>(shared, a, w, group); });
 }
 
 // The chunks of a row, in order: sums brought to the largest maximum. A warp a row.
@@ -102,6 +103,7 @@ template <DType kType, int kDepth, bool kInt8>
 void launch_decode_rows(const AttentionDecodeArgs& args, float* partials, Stream stream) {
   const AttentionArgs& a = args.attention;
   constexpr int64_t kBytes = kInt8 ? 1 : 2;
+  constexpr Codes kCodes = kInt8 ? Codes::kCache : Codes::kNone;
   AttentionWork w = {};
   w.pages = args.pages;
   w.aligned_q = even_rows(a.q, a.q_strides, a.depth, 2);
@@ -119,12 +121,12 @@ void launch_decode_rows(const AttentionDecodeArgs& args, float* partials, Stream
            dim3(static_cast<unsigned>(threads)), bytes, stream, args, w, partials, chunks_of(args));
   };
   if (rows_of(a) > kFewRows) {
-    using T = AttentionTile<kType, kDepth, 4, 1, kInt8>;
+    using T = AttentionTile<kType, kDepth, 4, 1, kCodes>;
     run(decode_rows<T>, T::kThreads, sizeof(typename T::Shared),
         (rows_of(a) + T::kRows - 1) / T::kRows);
     return;
   }
-  using T = AttentionTile<kType, kDepth, 1, 4, kInt8>;
+  using T = AttentionTile<kType, kDepth, 1, 4, kCodes>;
   run(decode_rows<T>, T::kThreads, sizeof(typename T::Shared), chunks_of(args));
   if (chunks_of(args) == 1) return;
   const int64_t rows = a.batch * a.kv_heads * rows_of(a);

@@ -12,9 +12,10 @@
 // with the largest of a row, d: |dout| <= (e^2d - 1) sum over j of p_ij |v_j|. Rows of standard
 // normal values come out within 0.02 of ||out||.
 //
-// The mean is the float32 sum of the rows in order (values that are not finite left out) over
-// their number; quantisation is the symmetric rule of the quantize room. A row of q or k with NaN
-// or infinity has the scale NaN: what sees it is NaN, what a mask keeps away from it is not.
+// The mean is the float32 sum of the rows in order (values that are not finite left out; on GPUs a
+// sum of sums over pieces of them) over their number; quantisation is the symmetric rule of the
+// quantize room. A row of q or k with NaN or infinity has the scale NaN: what sees it is NaN, what
+// a mask keeps away from it is not.
 #pragma once
 #include "attention/attention.h"
 

@@ -49,7 +49,7 @@ inline std::vector<double> row(const AttentionArgs& a, int64_t b, int64_t h, int
                       b * a.bias_strides[0] + h * a.bias_strides[1] + i * a.bias_strides[2] +
                           j * a.bias_strides[3],
                       a.bias_dtype);
-    scores[j] = s, top = std::fmax(top, s);
+    scores[j] = s, top = s > top || s != s ? s : top;  // NaN stays
   }
   *lse = -INFINITY;
   if (top == -INFINITY) return out;

@@ -25,7 +25,14 @@ PROGRAMS = {
         ("linear_int8/linear_int8_generic.cpp", "common/activation.cpp"),
     ),
     "linear_grouped": (("linear_grouped/linear_grouped_sm80.cu",), ("common/activation.cpp",)),
-    "attention": (("attention/attention_sm80.cu", "attention_decode/attention_decode_sm80.cu"), ()),
+    "attention": (
+        (
+            "attention/attention_sm80.cu",
+            "attention_int8/attention_int8_sm80.cu",
+            "attention_decode/attention_decode_sm80.cu",
+        ),
+        (),
+    ),
     "conv2d_int8": (
         ("conv2d_int8/conv2d_int8_sm80.cu",),
         ("conv2d_int8/conv2d_int8_generic.cpp", "common/activation.cpp"),

@@ -1,8 +1,12 @@
-// attention_sm80.cu and attention_decode_sm80.cu, which share their loop, against float64.
+// attention_sm80.cu, attention_int8_sm80.cu and attention_decode_sm80.cu, which share their loop,
+// against float64.
 #include <algorithm>
+#include <cstring>
 
 #include "attention/attention_cuda.h"
 #include "attention_decode/attention_decode_cuda.h"
+#include "attention_int8/attention_int8_cuda.h"
+#include "attention_int8/attention_int8_tile.h"
 #include "attention_truth.h"
 
 using namespace narrowcast;
@@ -31,61 +35,100 @@ struct Case {
   size_t offset = 0;  // of q, k and v from an aligned address
   int64_t pad = 0;    // between rows
   std::vector<int32_t> cu_q = {}, cu_k = {};
+  float shift = 0.0f;                              // of all values of q and k
+  int64_t infinite_query = -1, infinite_key = -1;  // rows of q and k that are not finite
 };
 
 // Where a sequence begins, as the kernel takes it.
 int64_t start(int32_t cu, int64_t total) { return std::clamp<int64_t>(cu, 0, total); }
 
+// The tensors of a case, and the arguments that name them.
+struct Call {
+  const Size z;
+  const bool packed;
+  const int64_t dv, ld, ldv, outer;
+  const Buffer<uint16_t> q, k, v, bias;
+  const Buffer<float> sinks, lse;
+  const Buffer<uint16_t> out;
+  const Buffer<int32_t> cu_q, cu_k;
+  AttentionArgs args = {};
+
+  explicit Call(const Case& c)
+      : z(c.size),
+        packed(!c.cu_q.empty()),
+        dv(z.v_depth ? z.v_depth : z.depth),
+        ld(z.depth + c.pad),
+        ldv(dv + c.pad),
+        outer(packed ? 1 : z.batch),
+        q(values(c, outer * z.heads * z.sq, ld, c.infinite_query), c.offset),
+        k(values(c, outer * z.kv_heads * z.sk, ld, c.infinite_key), c.offset),
+        v(truth::halves(c.dtype, outer * z.kv_heads * z.sk * ldv), c.offset),
+        bias(truth::halves(kHalf, outer * z.heads * z.sq * z.sk)),
+        sinks(logits(z.heads)),
+        lse(outer * z.heads * z.sq),
+        out(outer * z.heads * z.sq * dv),
+        cu_q(c.cu_q),
+        cu_k(c.cu_k) {
+    AttentionArgs& a = args;
+    a.q = q.data, a.k = k.data, a.v = v.data, a.out = out.data;
+    a.batch = z.batch, a.heads = z.heads, a.kv_heads = z.kv_heads;
+    a.sq = z.sq, a.sk = z.sk, a.depth = z.depth, a.v_depth = dv;
+    if (packed) {  // [T, H, D]
+      a.cu_q = cu_q.data, a.cu_k = cu_k.data;
+      a.q_strides = {0, ld, z.heads * ld}, a.k_strides = {0, ld, z.kv_heads * ld};
+      a.v_strides = {0, ldv, z.kv_heads * ldv}, a.out_strides = {0, dv, z.heads * dv};
+      a.lse_strides = {0, 1, z.heads};
+    } else {
+      a.q_strides = {z.heads * z.sq * ld, z.sq * ld, ld};
+      a.k_strides = {z.kv_heads * z.sk * ld, z.sk * ld, ld};
+      a.v_strides = {z.kv_heads * z.sk * ldv, z.sk * ldv, ldv};
+      a.out_strides = {z.heads * z.sq * dv, z.sq * dv, dv};
+      a.lse_strides = {z.heads * z.sq, z.sq, 1};
+    }
+    if (c.bias) {
+      a.bias = bias.data, a.bias_dtype = kHalf;
+      a.bias_strides[0] = z.heads * z.sq * z.sk;
+      a.bias_strides[1] = z.sq * z.sk, a.bias_strides[2] = z.sk, a.bias_strides[3] = 1;
+    }
+    if (c.sinks) a.sinks = sinks.data;
+    if (c.lse) a.lse = lse.data;
+    a.q_dtype = a.kv_dtype = a.out_dtype = c.dtype;
+    a.scale = z.depth ? 1.0f / std::sqrt(static_cast<float>(z.depth)) : 1.0f;
+    a.softcap = c.softcap, a.window = c.window, a.causal = c.causal;
+  }
+
+  static std::vector<uint16_t> values(const Case& c, int64_t rows, int64_t ld, int64_t infinite) {
+    std::vector<uint16_t> v = truth::halves(c.dtype, rows * ld);
+    for (int64_t i = 0; i < rows * ld; ++i)  // something for the mean of the keys to find
+      store_float(v.data(), i, c.dtype, load_float(v.data(), i, c.dtype) + c.shift);
+    if (infinite >= 0) store_float(v.data(), infinite * ld + c.size.depth - 1, c.dtype, INFINITY);
+    return v;
+  }
+  static std::vector<float> logits(int64_t heads) {
+    std::vector<float> v(heads, 0.5f);
+    v[0] = -INFINITY;
+    return v;
+  }
+
+  // visit(b, q0, k0, sq, sk) for every sequence.
+  template <class Visit>
+  void for_sequences(const Case& c, Visit visit) const {
+    for (int64_t b = 0; b < z.batch; ++b) {
+      const int64_t q0 = packed ? start(c.cu_q[b], z.sq) : 0,
+                    k0 = packed ? start(c.cu_k[b], z.sk) : 0;
+      const int64_t q1 = packed ? start(c.cu_q[b + 1], z.sq) : z.sq;
+      const int64_t k1 = packed ? start(c.cu_k[b + 1], z.sk) : z.sk;
+      visit(b, q0, k0, q1 - q0, std::max<int64_t>(0, k1 - k0));
+    }
+  }
+};
+
 void run(const Case& c) {
-  const Size& z = c.size;
-  const int64_t dv = z.v_depth ? z.v_depth : z.depth, ld = z.depth + c.pad, ldv = dv + c.pad;
-  const bool packed = !c.cu_q.empty();
-  const int64_t outer = packed ? 1 : z.batch;
-  const Buffer<uint16_t> q(truth::halves(c.dtype, outer * z.heads * z.sq * ld), c.offset);
-  const Buffer<uint16_t> k(truth::halves(c.dtype, outer * z.kv_heads * z.sk * ld), c.offset);
-  const Buffer<uint16_t> v(truth::halves(c.dtype, outer * z.kv_heads * z.sk * ldv), c.offset);
-  const Buffer<uint16_t> bias(truth::halves(kHalf, outer * z.heads * z.sq * z.sk));
-  std::vector<float> logits(z.heads, 0.5f);
-  logits[0] = -INFINITY;
-  const Buffer<float> sinks(logits), lse(outer * z.heads * z.sq);
-  const Buffer<uint16_t> out(outer * z.heads * z.sq * dv);
-  const Buffer<int32_t> cu_q(c.cu_q), cu_k(c.cu_k);
-
-  AttentionArgs a = {};
-  a.q = q.data, a.k = k.data, a.v = v.data, a.out = out.data;
-  a.batch = z.batch, a.heads = z.heads, a.kv_heads = z.kv_heads;
-  a.sq = z.sq, a.sk = z.sk, a.depth = z.depth, a.v_depth = dv;
-  if (packed) {  // [T, H, D]
-    a.cu_q = cu_q.data, a.cu_k = cu_k.data;
-    a.q_strides = {0, ld, z.heads * ld}, a.k_strides = {0, ld, z.kv_heads * ld};
-    a.v_strides = {0, ldv, z.kv_heads * ldv}, a.out_strides = {0, dv, z.heads * dv};
-    a.lse_strides = {0, 1, z.heads};
-  } else {
-    a.q_strides = {z.heads * z.sq * ld, z.sq * ld, ld};
-    a.k_strides = {z.kv_heads * z.sk * ld, z.sk * ld, ld};
-    a.v_strides = {z.kv_heads * z.sk * ldv, z.sk * ldv, ldv};
-    a.out_strides = {z.heads * z.sq * dv, z.sq * dv, dv};
-    a.lse_strides = {z.heads * z.sq, z.sq, 1};
-  }
-  if (c.bias) {
-    a.bias = bias.data, a.bias_dtype = kHalf;
-    a.bias_strides[0] = z.heads * z.sq * z.sk;
-    a.bias_strides[1] = z.sq * z.sk, a.bias_strides[2] = z.sk, a.bias_strides[3] = 1;
-  }
-  if (c.sinks) a.sinks = sinks.data;
-  if (c.lse) a.lse = lse.data;
-  a.q_dtype = a.kv_dtype = a.out_dtype = c.dtype;
-  a.scale = z.depth ? 1.0f / std::sqrt(static_cast<float>(z.depth)) : 1.0f;
-  a.softcap = c.softcap, a.window = c.window, a.causal = c.causal;
+  const Call call(c);
+  const AttentionArgs& a = call.args;
   attention_sm80(a, nullptr);
-
-  for (int64_t b = 0; b < z.batch; ++b) {
-    const int64_t q0 = packed ? start(c.cu_q[b], z.sq) : 0,
-                  k0 = packed ? start(c.cu_k[b], z.sk) : 0;
-    const int64_t sq = packed ? start(c.cu_q[b + 1], z.sq) - q0 : z.sq;
-    const int64_t k1 = packed ? start(c.cu_k[b + 1], z.sk) : z.sk;
-    const int64_t sk = std::max<int64_t>(0, k1 - k0);
-    for (int64_t h = 0; h < z.heads; ++h)
+  call.for_sequences(c, [&](int64_t b, int64_t q0, int64_t k0, int64_t sq, int64_t sk) {
+    for (int64_t h = 0; h < a.heads; ++h)
       for (int64_t i = 0; i < sq; ++i) {
         double want;
         const std::vector<double> row = truth::row(a, b, h, i, q0, k0, sq, sk, &want);
@@ -93,12 +136,12 @@ void run(const Case& c) {
             a, b * a.out_strides.batch + h * a.out_strides.head + (q0 + i) * a.out_strides.row,
             row);
         if (!c.lse) continue;
-        const float* got =
-            &lse[b * a.lse_strides.batch + h * a.lse_strides.head + (q0 + i) * a.lse_strides.row];
+        const float* got = &call.lse[b * a.lse_strides.batch + h * a.lse_strides.head +
+                                     (q0 + i) * a.lse_strides.row];
         require(emulator::is_written(got), "an lse was not written");
         require(*got == want || std::abs(*got - want) < 2e-5 * (std::abs(want) + 1), "wrong lse");
       }
-  }
+  });
 }
 
 void run_all() {
@@ -127,6 +170,129 @@ void run_all() {
 }
 
 }  // namespace rows
+
+// The integers are those of the CPU's quantisation around the kernel's own mean, bit for bit; what
+// follows from them is compared with float64.
+namespace int8 {
+
+using rows::Call;
+using rows::Case;
+
+void expect_mean(const AttentionArgs& a, const float* mean, int64_t at, int64_t count) {
+  for (int64_t d = 0; d < a.depth; ++d) {
+    double sum = 0.0;
+    for (int64_t j = 0; j < count; ++j) {
+      const double v = load_float(a.k, at + j * a.k_strides.row + d, a.kv_dtype);
+      sum += std::isfinite(v) ? v : 0.0;
+    }
+    require(emulator::is_written(mean + d), "a mean was not written");
+    require(std::abs(mean[d] - sum / count) < 2e-6 * (1 + std::abs(sum / count)), "wrong mean");
+  }
+}
+
+void run(const Case& c) {
+  const Call call(c);
+  const AttentionArgs& a = call.args;
+  const Buffer<uint8_t> memory(attention_int8_sm80_workspace(a, nullptr).bytes);
+  const AttentionInt8Workspace w = attention_int8_sm80_workspace(a, memory.data);
+  attention_int8_sm80(a, memory.data, nullptr);
+
+  // q and k behind the quantisation, in float32; what k lacks is one more column, with a key of 1.
+  const int64_t wide = a.depth + 1;
+  const int64_t all = attention_int8_key_rows(a);
+  std::vector<float> q(call.outer * a.heads * a.sq * wide), k(a.kv_heads * all * wide, 1.0f);
+  std::vector<float> v(call.v.count), line(a.depth);
+  for (size_t i = 0; i < v.size(); ++i) v[i] = load_float(a.v, i, a.kv_dtype);
+  std::vector<int8_t> codes(a.depth);
+  AttentionArgs t = a;
+  t.q = q.data(), t.k = k.data(), t.v = v.data(), t.depth = wide, t.scale = 1.0f;
+  t.q_dtype = t.kv_dtype = DType::kFloat32;
+  t.q_strides = call.packed ? AttentionStrides{0, a.sq * wide, wide}
+                            : AttentionStrides{a.heads * a.sq * wide, a.sq * wide, wide};
+  t.k_strides = {call.packed ? 0 : a.sk * wide, all * wide, wide};
+  call.for_sequences(c, [&](int64_t b, int64_t q0, int64_t k0, int64_t sq, int64_t sk) {
+    for (int64_t h = 0; h < a.kv_heads; ++h) {
+      const float* mean = w.means + (b * a.kv_heads + h) * a.depth;
+      const int64_t from = b * a.k_strides.batch + h * a.k_strides.head + k0 * a.k_strides.row;
+      if (sk > 0) expect_mean(a, mean, from, sk);
+      for (int64_t j = 0; j < sk; ++j) {
+        for (int64_t d = 0; d < a.depth; ++d)
+          line[d] = load_float(a.k, from + j * a.k_strides.row + d, a.kv_dtype) - mean[d];
+        const float scale = quantize_line(line.data(), a.depth, codes.data());
+        const int64_t at = h * all + (call.packed ? 0 : b * a.sk) + k0 + j;
+        require(emulator::is_written(w.scales + at), "a scale of a key was not written");
+        require(std::memcmp(w.scales + at, &scale, 4) == 0 ||
+                    (std::isnan(scale) && std::isnan(w.scales[at])),
+                "wrong scale of a key");
+        for (int64_t d = 0; d < w.stored; ++d) {
+          const int8_t* got = w.codes + at * w.stored + d;
+          require(emulator::is_written(got), "a code was not written");
+          require(*got == (d < a.depth ? codes[d] : 0), "wrong code of a key");
+        }
+        for (int64_t d = 0; d < a.depth; ++d) k[at * wide + d] = codes[d] * scale;
+      }
+    }
+    for (int64_t h = 0; h < a.heads; ++h)
+      for (int64_t i = 0; i < sq; ++i) {
+        const int64_t from =
+            b * a.q_strides.batch + h * a.q_strides.head + (q0 + i) * a.q_strides.row;
+        float* to = &q[b * t.q_strides.batch + h * t.q_strides.head + (q0 + i) * wide];
+        double back = 0.0;
+        for (int64_t d = 0; d < a.depth; ++d) {
+          line[d] = load_float(a.q, from + d, a.q_dtype) * a.scale;
+          if (sk > 0)
+            back += line[d] * w.means[(b * a.kv_heads + h / (a.heads / a.kv_heads)) * a.depth + d];
+        }
+        const float scale = quantize_line(line.data(), a.depth, codes.data());
+        for (int64_t d = 0; d < a.depth; ++d) to[d] = codes[d] * scale;
+        to[a.depth] = a.softcap > 0.0f || a.sinks ? static_cast<float>(back) : 0.0f;
+        double lse;
+        const std::vector<double> row = truth::row(t, b, h, i, q0, k0, sq, sk, &lse);
+        const int64_t at =
+            b * a.out_strides.batch + h * a.out_strides.head + (q0 + i) * a.out_strides.row;
+        if (!std::isnan(lse)) {
+          truth::compare(a, at, row);
+          continue;
+        }
+        for (int64_t d = 0; d < a.v_depth; ++d)
+          require(std::isnan(load_float(a.out, at + d, a.out_dtype)), "NaN was not passed on");
+      }
+  });
+}
+
+void run_all() {
+  const std::vector<Case> cases = {
+      {.size = {1, 2, 1, 70, 67, 32}, .causal = true, .shift = 1.0f},
+      {.size = {2, 1, 1, 5, 130, 64}, .dtype = kBrain, .causal = true, .window = 20, .shift = 2.0f},
+      {.size = {1, 3, 3, 66, 40, 24, 40}, .window = 9, .bias = true, .shift = -1.0f},
+      {.size = {1, 4, 2, 33, 65, 64},
+       .causal = true,
+       .softcap = 3.0f,
+       .sinks = true,
+       .shift = 0.2f},
+      {.size = {2, 4, 2, 9, 40, 56}, .sinks = true, .shift = 0.2f},
+      {.size = {1, 2, 1, 34, 129, 120}, .softcap = 2.0f, .bias = true, .pad = 8, .shift = 0.2f},
+      {.size = {2, 1, 1, 3, 70, 256, 130}, .shift = 1.0f},
+      {.size = {1, 1, 1, 1, 600, 16}, .dtype = kBrain, .window = 30},
+      {.size = {1, 2, 1, 20, 77, 37}, .causal = true, .sinks = true, .offset = 1, .pad = 3},
+      {.size = {2, 1, 1, 4, 0, 16}, .softcap = 1.0f},
+      {.size = {1, 1, 1, 64, 65, 32}, .causal = true},
+      {.size = {1, 2, 1, 40, 70, 64}, .causal = true, .infinite_query = 45, .infinite_key = 66},
+      {.size = {3, 4, 2, 70, 80, 64},
+       .causal = true,
+       .cu_q = {0, 1, 1, 70},
+       .cu_k = {0, 7, 9, 80},
+       .shift = 1.0f},
+      {.size = {3, 2, 1, 40, 160, 40},
+       .dtype = kBrain,
+       .sinks = true,
+       .cu_q = {0, 10, 30, 99},
+       .cu_k = {-3, 0, 70, 999}},
+  };
+  for (const Case& c : cases) expect("attention_int8", "", 2, [&] { int8::run(c); });
+}
+
+}  // namespace int8
 
 // Caches of 16 bits and int8, pages, chunks, few rows and many.
 namespace decode {
@@ -230,6 +396,7 @@ void run_all() {
 int main(int argc, char**) {
   check::quick = argc > 1;
   rows::run_all();
+  int8::run_all();
   decode::run_all();
-  return check::result("attention_sm80, attention_decode_sm80");
+  return check::result("attention_sm80, attention_int8_sm80, attention_decode_sm80");
 }
