@@ -61,7 +61,8 @@ def test_the_source_is_found_beside_the_plan(cli, tmp_path):
     nc.compress(source, recipe="native", data=text).save(plan)
     result = cli("eval", plan, text, "--json").json
     assert result["reference"] == "fp32 of tiny.gguf" and result["recipe"] == "native"
-    assert abs(result["loss"]) < 1e-3 and result["metrics"]["kl"]["value"] < 1e-5
+    # Of 40 random models the worst lost 0.0027 and 6e-5; with another model as the reference KL is 30 and more.
+    assert abs(result["loss"]) < 0.01 and result["metrics"]["kl"]["value"] < 1e-3
     float32 = cli("eval", source, text, "--json").json
     assert float32["reference"] is None and list(float32["metrics"]) == ["perplexity"]
     for bound, number in float32["metrics"]["perplexity"].items():
