@@ -22,7 +22,7 @@ from narrowcast.runtime.verify import certify
 
 from . import hygiene
 from . import metrics as measure
-from .calibrate import collect, decoder_inputs, text_batches, token_windows
+from .calibrate import WINDOW, collect, decoder_inputs, text_batches, token_windows
 from .cnn import quantize_cnn
 from .data import plain_tokenizer, read_texts, sentences
 from .default_text import PASSAGES
@@ -40,7 +40,6 @@ AUTO = {"decoder": ("int4", "int8", "int8-weight", "fp32"), "encoder": ("int4", 
 
 #: Windows of text for statistics of a layer's inputs, and for GPTQ, which needs more; windows held out.
 STATISTICS_WINDOWS, CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 8, 24, 3
-WINDOW = 512  #: tokens
 MEASURED_BATCHES = 20  #: held-out batches that are measured, and as many of calibration
 SENTENCES = 320  #: of a document, for an encoder
 #: For int4 the weights lose more than int8 activations in groups do, and products of integers are much faster.
@@ -123,10 +122,7 @@ class Data:
     def __init__(self, model: Model, graph: Graph, data: Any, seed: int):
         self.model, self.seed = model, seed
         self.warnings: list[str] = []
-        self.tokenizer = None
         self.begin: int | None = None  #: the token that a decoder's texts begin with in use
-        if "tokenizer.json" in model.assets:
-            self.tokenizer = plain_tokenizer(model.assets)
         build = {"decoder": self._decoder, "encoder": self._encoder, "image": self._image}.get(model.kind)
         self.calibration: list[tuple[Tensor, ...]] = []
         self.held_out: list[tuple[Tensor, ...]] = []
@@ -146,27 +142,25 @@ class Data:
         return texts
 
     def _decoder(self, graph: Graph, data: Any) -> None:
-        if self.tokenizer is None:
-            raise ArgumentError("data cannot be used: this model has no tokenizer")
+        tokenizer = plain_tokenizer(self.model.assets)
         text = "\n\n".join(self._texts(data))
         bos = self.model.config.get("bos_token_id")
         length = min(WINDOW, self.model.config.get("context") or WINDOW)
-        windows = token_windows(text, self.tokenizer, bos, length, CALIBRATION_WINDOWS + HELD_OUT_WINDOWS)
+        windows = token_windows(text, tokenizer, bos, length, CALIBRATION_WINDOWS + HELD_OUT_WINDOWS)
         keep = min(max(1, len(windows) // 5), HELD_OUT_WINDOWS)
-        self.begin = hygiene.begin_token(self.tokenizer, bos)
+        self.begin = hygiene.begin_token(tokenizer, bos)
         self.calibration = [decoder_inputs(graph, w) for w in windows[:-keep] or windows]
         self.held_out = [decoder_inputs(graph, w) for w in windows[-keep:]]
 
     def _encoder(self, graph: Graph, data: Any) -> None:
-        if self.tokenizer is None:
-            raise ArgumentError("data cannot be used: this model has no tokenizer")
+        tokenizer = plain_tokenizer(self.model.assets)
         texts = sentences(self._texts(data), SENTENCES)
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.seed)).tolist()
         texts = [texts[i] for i in order]
         keep = max(1, len(texts) // 5)
         length = min(int(self.model.config.get("max_position_embeddings", 512)), 256)
-        self.calibration = [*text_batches(texts[keep:] or texts, self.tokenizer, length, 16)]
-        self.held_out = [*text_batches(texts[:keep], self.tokenizer, length, 16)]
+        self.calibration = [*text_batches(texts[keep:] or texts, tokenizer, length, 16)]
+        self.held_out = [*text_batches(texts[:keep], tokenizer, length, 16)]
 
     def _image(self, graph: Graph, data: Any) -> None:
         if data is None:

@@ -15,6 +15,8 @@ from narrowcast.runtime.encoding import padded
 
 #: Rows of a layer's input that are kept to try quantisers on.
 SAMPLE_ROWS = 256
+#: Tokens of a window of text, for calibration and for evaluation.
+WINDOW = 512
 
 
 @dataclass

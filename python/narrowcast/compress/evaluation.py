@@ -22,11 +22,11 @@ from narrowcast.runtime.executor import Executor
 from narrowcast.runtime.tasks import load_picture
 
 from . import metrics as measure
-from .calibrate import token_windows
+from .calibrate import WINDOW, token_windows
 from .data import class_indices, labelled_pictures, labels_of_rows, plain_tokenizer, read_texts, sentences
 
-#: Tokens of a window of text; fewer tokens or texts than these say nothing, and have no bounds.
-WINDOW, LEAST_TOKENS, LEAST_TEXTS = 512, 32, 10
+#: Fewer tokens or texts than these say nothing, and have no bounds.
+LEAST_TOKENS, LEAST_TEXTS = 32, 10
 BATCH, TEXTS_AT_ONCE = 16, 256
 MODEL_SUFFIXES = (".gguf", ".onnx", ".pth")
 

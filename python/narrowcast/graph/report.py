@@ -174,8 +174,7 @@ def _found(plan: Plan, node: fx.Node, op: str, keys: list[str]) -> dict[str, Any
     why = ""
     if plan.graph.weights[largest].is_floating_point():
         why = "the recipe is fp32" if plan.recipe == "fp32" else f"recipe {plan.recipe} does not change it"
-    row = _recorded({"name": largest.removesuffix(".weight"), "op": op, "precision": precision, "why": why})
-    return row
+    return _recorded({"name": largest.removesuffix(".weight"), "op": op, "precision": precision, "why": why})
 
 
 def _op(node: fx.Node) -> str:
