@@ -37,7 +37,8 @@ ops = torch.ops.narrowcast
 
 #: Smaller weights are not worth a form of their own.
 LEAST_ELEMENTS = 1 << 12
-#: Float32 bytes of a weight up to which an executor unpacks it once, when it prepares a program.
+#: Float32 bytes of a weight up to which an executor unpacks it once, when it prepares a program. Up to twice that
+#: a cast in every run is worth the bytes.
 MOST_UNPACKED = 4 << 20
 
 
@@ -52,8 +53,9 @@ class Item:
     forms: list[Form] = field(default_factory=list)  #: that fit, float32 first
 
 
-def items_of(graph: Graph, forms: Sequence[Form]) -> list[Item]:
-    """Every layer of a float graph with the forms that fit it; layers with float32 alone are left out."""
+def items_of(graph: Graph, forms: Sequence[Form], least: int = LEAST_ELEMENTS) -> list[Item]:
+    """Every layer of a float graph with the forms that fit it; layers with float32 alone, and dense layers and
+    tables of fewer than ``least`` weights, are left out."""
     tables = {
         n.args[0].target: n
         for n in graph.calls(aten.embedding.default)
@@ -63,12 +65,12 @@ def items_of(graph: Graph, forms: Sequence[Form]) -> list[Item]:
     for node in graph.calls(ops.linear.default, ops.conv2d.default):
         layer = Layer(node)
         key = layer["weight"].target if graph.weight(layer["weight"]) is not None else None
-        if key is None or (graph.weights[key].numel() < LEAST_ELEMENTS and node.target is ops.linear.default):
+        if key is None or (graph.weights[key].numel() < least and node.target is ops.linear.default):
             continue
         kind = "conv" if node.target is ops.conv2d.default else "tied" if key in tables else "dense"
         found.setdefault(key, Item(layer_name(layer), kind, key, [])).nodes.append(node)
     for key, node in tables.items():
-        if key not in found and graph.weights[key].numel() >= LEAST_ELEMENTS:
+        if key not in found and graph.weights[key].numel() >= least:
             found[key] = Item(key.removesuffix(".weight"), "table", key, [node])
     for item in found.values():
         item.forms = [form for form in forms if form.fits(graph, item)]
@@ -155,7 +157,7 @@ class Half(Form):
 
     def fits(self, graph: Graph, item: Item) -> bool:
         weight = graph.weights[item.weight]
-        small = item.kind == "table" or weight.numel() * 4 <= MOST_UNPACKED
+        small = item.kind == "table" or weight.numel() * 4 <= 2 * MOST_UNPACKED
         return item.kind != "tied" and small and weight.dtype == torch.float32 and _in_half(weight)
 
     def weight_bytes(self, graph: Graph, item: Item) -> int:

@@ -53,7 +53,7 @@ class Judge:
         if self.kind != "decoder":
             return graph.run(*inputs)[0].double()
         logits = graph.run(*(x.clone() for x in inputs))[0]
-        return likelihoods(inputs[0][0], logits[0])
+        return likelihoods(inputs[0][0], logits)
 
     def __call__(self, executor: Any) -> Verdict:
         ours = []
