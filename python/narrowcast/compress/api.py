@@ -20,7 +20,7 @@ from narrowcast.importers.model import Model, load_model
 from narrowcast.runtime.executor import Executor, resolve_device
 from narrowcast.runtime.verify import certify
 
-from . import hygiene
+from . import hygiene, preflight
 from . import metrics as measure
 from .calibrate import WINDOW, collect, decoder_inputs, text_batches, token_windows
 from .cnn import quantize_cnn
@@ -100,11 +100,10 @@ def compress(
     if resolve_device(device).type != "cpu":
         raise UnsupportedError("device must be cpu: plans are measured on the CPU, and run on any device")
     began = time.monotonic()
-    imported = load_model(model, **options)
-    original = Graph.from_exported(imported.exported, imported.native)
-    fused, report = optimize(original)
-    held = Data(imported, fused, data, seed, search=recipe == "auto")
-    _refuse_nan(fused)
+    imported, fused, held, report = _prepare(model, recipe, data, seed, options)
+    need = preflight.predict(fused, imported.kind, recipe, held, group_size, time_it=False)
+    preflight.refuse_without_memory(need.peak, need.available)
+    progress = _tidy(progress)
     if recipe == "auto" and imported.kind in KINDS and budget is not None:
         if not held.held_out:
             raise ArgumentError("data must be given: recipe auto chooses by what it measures")
@@ -123,6 +122,49 @@ def compress(
             f"{budget:.4g}; try recipe auto, int8-weight, or keep_float for the layers with the lowest SQNR"
         )
     return plan
+
+
+def predict(
+    model: Any,
+    *,
+    recipe: str = "int8",
+    data: Any = None,
+    group_size: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> preflight.Prediction:
+    """What :func:`compress` with these arguments would make and need, without doing it.
+
+    The model is imported and runs once. Bytes of the weights are exact, or a range where measurements have a say
+    (which layers of a CNN stay in float; all of "auto"); seconds and memory are estimates.
+
+    Raises as :func:`compress` does.
+    """
+    if recipe not in (*RECIPES, "auto"):
+        raise ArgumentError(f"recipe must be one of {', '.join(RECIPES)} or auto, got {recipe!r}")
+    imported, fused, held, _ = _prepare(model, recipe, data, seed, options)
+    return preflight.predict(fused, imported.kind, recipe, held, group_size)
+
+
+def _prepare(
+    model: Any, recipe: str, data: Any, seed: int, options: dict[str, Any]
+) -> tuple[Model, Graph, Data, Any]:
+    imported = load_model(model, **options)
+    fused, report = optimize(Graph.from_exported(imported.exported, imported.native))
+    held = Data(imported, fused, data, seed, search=recipe == "auto")
+    _refuse_nan(fused)
+    return imported, fused, held, report
+
+
+def _tidy(progress: Progress | None) -> Progress:
+    """Progress that also gives memory back, so that what one step freed does not add to the next one's peak."""
+
+    def tick(what: str, done: int, total: int) -> None:
+        preflight.release()
+        if progress is not None:
+            progress(what, done, total)
+
+    return tick
 
 
 class Data:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +18,7 @@ from torch import Tensor
 from narrowcast.errors import UnsupportedError
 from narrowcast.graph import Graph
 from narrowcast.graph.ir import last_uses
-from narrowcast.graph.passes.match import Layer, argument
+from narrowcast.graph.passes.match import Layer
 
 from . import embedding
 from .calibrate import SAMPLE_ROWS
@@ -29,6 +32,8 @@ ops = torch.ops.narrowcast
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 #: What an allocator and torch's own buffers add to the memory that is counted here, as a share of it.
 SLACK = 0.05
+#: Bytes that the steps of an executor keep per element of a dense layer's input, int8 codes or 16-bit ones (the default).
+SCRATCH = {"fp32": 0.0, "int8": 1.25, "int4": 1.25}
 #: Plans that a search makes and measures, as a rule.
 PLANS = 5
 
@@ -62,7 +67,9 @@ def bytes_of(graph: Graph, kind: str, recipe: str, group_size: int | None) -> tu
         return (graph.weight_bytes,) * 2
     if recipe == "auto":
         items = items_of(graph, FORMS)
-        saved = [min(f.weight_bytes(graph, i) for f in i.forms) - FORMS[0].weight_bytes(graph, i) for i in items]
+        saved = [
+            min(f.weight_bytes(graph, i) for f in i.forms) - FORMS[0].weight_bytes(graph, i) for i in items
+        ]
         return graph.weight_bytes + sum(saved), graph.weight_bytes
     least = most = graph.weight_bytes
     for item, form in _forms(graph, recipe, group_size or 32):
@@ -130,7 +137,8 @@ def most_resident() -> int:
 def available() -> int:
     """Bytes that this process could hold: free memory and caches of the machine, or what its container has left."""
     fields = {
-        line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()
+        line.split(":")[0]: int(line.split()[1]) << 10
+        for line in Path("/proc/meminfo").read_text().splitlines()
     }
     room = fields["MemAvailable"]
     for limit, used in (
@@ -225,15 +233,33 @@ def added_bytes(graph: Graph, kind: str, recipe: str, data: Any, size: int, run:
         stages["rounding"] = 2 * alive * len(data.calibration) + size // 2 + 5 * 8 * deep * deep
     if data.held_out:
         # An executor has the weights in the order of its kernels, and an arena for every shape that it meets.
-        measured = {tuple(t.shape for t in b): b for b in (*data.held_out, *data.calibration[: len(data.held_out)])}
-        arenas = min(sum(live_bytes(graph, inputs) for inputs in measured.values()), 2 << 30)
+        measured = {
+            tuple(t.shape for t in b): b for b in (*data.held_out, *data.calibration[: len(data.held_out)])
+        }
+        each = SCRATCH.get(recipe, 2.5)
+        arenas = sum(
+            live_bytes(graph, inputs) + each * _multiplied(graph, inputs) for inputs in measured.values()
+        )
+        arenas = min(arenas, 2 << 30)
         output = _output_bytes(graph, data.held_out[0])
         stages["measuring"] = 2 * size + arenas + run + (3 if kind == "decoder" else 1) * output
         if recipe == "auto":
             tables = [item for item in items_of(graph, FORMS) if item.kind == "table"]
-            made = sum(FORMS[0].weight_bytes(graph, item) * 2 // 5 for item in tables)  # kept from plan to plan
+            made = sum(
+                FORMS[0].weight_bytes(graph, item) * 2 // 5 for item in tables
+            )  # kept from plan to plan
             stages["searching"] = stages["measuring"] + statistics + made
     return {name: int(value * (1 + SLACK)) for name, value in stages.items()}
+
+
+def _multiplied(graph: Graph, inputs: tuple[Tensor, ...]) -> int:
+    """Elements of the inputs of all dense layers; an executor keeps a copy of each in the order of its kernels."""
+    if inputs[0].dim() != 2:
+        return 0
+    return sum(
+        inputs[0].numel() * graph.weights[Layer(n)["weight"].target].shape[1]
+        for n in graph.calls(ops.linear.default)
+    )
 
 
 def _output_bytes(graph: Graph, inputs: tuple[Tensor, ...]) -> int:
@@ -251,12 +277,20 @@ def seconds_of(graph: Graph, kind: str, recipe: str, data: Any, bytes_plan: int,
     weights = [graph.weights[Layer(n)["weight"].target] for n in graph.calls(ops.linear.default)]
     weights = [w for w in weights if w.dim() == 2 and w.shape[1] % 32 == 0]
     few = min(len(data.calibration), 8) if kind == "decoder" else len(data.calibration)
-    total = 0.6 * run * 2 * len(data.held_out) + bytes_plan / 4e8  # float and plan on the held-out part; packing
+    total = (
+        0.6 * run * 2 * len(data.held_out) + bytes_plan / 4e8
+    )  # float and plan on the held-out part; packing
     if recipe in ("int8", "int8-weight"):
         total += run * few + _search_rate() * sum(w.numel() for w in graph.weights.values())
     if recipe in ("int4", "auto") and weights:
         per = _gptq_rate(weights)
         total += 2 * run * len(data.calibration) + per * sum(w.shape[0] * w.shape[1] ** 2 for w in weights)
+    if (
+        recipe == "int8"
+    ):  # sensitivities of convolutions, each on eight pictures, half of the graph before it reused
+        total += (
+            run * sum(1 for _ in graph.calls(ops.conv2d.default)) * 8 / max(len(data.calibration[0][0]), 8)
+        )
     if recipe == "auto":
         total += run * few + PLANS * (0.6 * run * len(data.selection) + bytes_plan / 4e8)
         forms = [len([f for f in item.forms if not f.exact]) for item in items_of(graph, FORMS)]
@@ -286,13 +320,17 @@ def _gptq_rate(weights: Sequence[Tensor]) -> float:
     return (time.perf_counter() - began) / (n * k * k)
 
 
-def predict(graph: Graph, kind: str, recipe: str, data: Any, group_size: int | None) -> Prediction:
+def predict(
+    graph: Graph, kind: str, recipe: str, data: Any, group_size: int | None, time_it: bool = True
+) -> Prediction:
     """For an imported model in memory; ``data``: what :class:`narrowcast.compress.api.Data` split."""
     least, most = bytes_of(graph, kind, recipe, group_size)
     first = trial(graph, data)
-    stages = added_bytes(graph, kind, recipe, data, most if recipe != "auto" else (least + most) // 2, first.transient)
+    stages = added_bytes(
+        graph, kind, recipe, data, most if recipe != "auto" else (least + most) // 2, first.transient
+    )
     peak = max(first.base + max(stages.values()), most_resident())
-    seconds = seconds_of(graph, kind, recipe, data, most, first.seconds)
+    seconds = seconds_of(graph, kind, recipe, data, most, first.seconds) if time_it else 0.0
     notes = [f"most memory while {max(stages, key=stages.__getitem__)}"]
     if least != most:
         notes.append("what the layers need is measured by the work itself: the bytes are a range")
@@ -306,3 +344,10 @@ def refuse_without_memory(prediction_peak: int, room: int) -> None:
             f"memory: about {prediction_peak / 1e9:.2f} GB would be needed, {room / 1e9:.2f} GB are available; "
             "give fewer or smaller batches of data, another recipe, or a machine with more memory"
         )
+
+
+def release() -> None:
+    """Gives freed memory back to the system: glibc keeps blocks below 32 MB, and graph runs free many of them."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
