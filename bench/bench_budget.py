@@ -82,7 +82,7 @@ def sweep(name: str, seeds: int) -> list[dict]:
             lambda graph, decisions: api._finish(imported, fused, data, graph, decisions, "auto", "float"),  # noqa: B023
             lambda plan: api._certify(plan, fused, data),  # noqa: B023
         )  # fmt: skip
-        search.chain = search.price()
+        search.price()
         shared = time.monotonic() - began
         for budget in BUDGETS:
             began = time.monotonic()
@@ -103,6 +103,7 @@ def sweep(name: str, seeds: int) -> list[dict]:
                 "seconds": round(seconds, 1), "seconds_shared": round(shared, 1),
             }  # fmt: skip
             rows.append(row)
+            write(name, rows)
             print(
                 f"{name:20s} seed {seed} budget {budget:.3f} loss {row['loss']:.5f} bound {row['bound']:.5f} "
                 f"{row['bytes'] / 1e6:7.2f} MB, int8 {int8 / 1e6:7.2f} MB, {row['saved']:+.1%} saved, looks "
@@ -110,6 +111,14 @@ def sweep(name: str, seeds: int) -> list[dict]:
                 flush=True,
             )
     return rows
+
+
+def write(name: str, rows: list[dict]) -> None:
+    """After every row: a sweep takes long."""
+    known = json.loads(OUT.read_text()) if OUT.is_file() else []
+    kept = [row for row in known if row.get("model") not in (name, None)]
+    machine = {"machine": {"torch": torch.__version__, "kernels": torch.ops.narrowcast._isa()}}
+    OUT.write_text(json.dumps([machine, *kept, *rows], indent=1) + "\n")
 
 
 def main() -> None:
@@ -122,11 +131,7 @@ def main() -> None:
     for name in arguments.models:
         if name not in MODELS:
             parser.error(f"models must be of {', '.join(MODELS)}, got {name}")
-        rows = sweep(name, arguments.seeds)
-        known = json.loads(OUT.read_text()) if OUT.is_file() else []
-        kept = [row for row in known if row.get("model") not in (name, None)]
-        machine = {"machine": {"torch": torch.__version__, "kernels": torch.ops.narrowcast._isa()}}
-        OUT.write_text(json.dumps([machine, *kept, *rows], indent=1) + "\n")
+        sweep(name, arguments.seeds)
     inside = sum(row["inside"] for row in json.loads(OUT.read_text())[1:])
     print(f"{inside} inside their budget")
 

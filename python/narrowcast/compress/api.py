@@ -395,9 +395,8 @@ def _certify(plan: Plan, fused: Graph, data: Data) -> None:
         first = tuple(x[:2] for x in held_out[0])
         samples = [(first, fused.run(*first))]
     # The same measure on as much of the data that calibration saw tells whether it was learnt by heart.
-    few = (
-        data.calibration[: min(len(held_out), MEASURED_BATCHES)] if plan.recipe in hygiene.CALIBRATED else []
-    )
+    most = HELD_OUT_WINDOWS if plan.kind == "decoder" else min(len(held_out), MEASURED_BATCHES)
+    few = data.calibration[:most] if plan.recipe in hygiene.CALIBRATED else []
     seen = measure.compare(plan.kind, fused, exe, few)[1] if few else None
     widest = _widest_rounded(plan, fused) if plan.recipe in ("int4", "auto") else 0
     plan.certificate["data"] = hygiene.describe(

@@ -37,6 +37,7 @@ from . import cost, knapsack
 from .calibrate import collect
 from .cnn import absorb_padding, observe_edges
 from .forms import FORMS, Draft, Form, Item, Known, items_of
+from .gptq import Rounded
 from .judge import Judge, Verdict
 from .sensitivity import Progress, scan
 from .sequential import round_in_sequence
@@ -114,6 +115,8 @@ class Search:
         self.known = self._observe(graph)
         self.judge = Judge(kind, fused, data.selection, data.held_out)
         self.tried: list[Tried] = []
+        self.chain = knapsack.Chain([], [])  #: empty until :meth:`price`
+        self._sets: dict[tuple[str, ...], dict[str, Rounded]] = {}  # rounded together -> what came out
 
     def _observe(self, graph: Graph) -> Known:
         few = self.data.calibration[: STATISTICS_BATCHES[self.kind]]
@@ -126,8 +129,8 @@ class Search:
 
     # --- prices -----------------------------------------------------------------------------------
 
-    def _price(self) -> None:
-        """Bytes, costs and losses; drops forms that can never be chosen."""
+    def price(self) -> None:
+        """Bytes, costs and losses of all forms, and the chain; forms that can never be chosen are dropped."""
         self.bytes = cost.weight_bytes(self.known, self.items)
         self.ms: dict[str, dict[str, dict]] = {}
         if self.objective == "latency":
@@ -189,6 +192,9 @@ class Search:
         """GPTQ for these layers, one after the other, the rest of the model in float32."""
         if not names:
             return
+        if tuple(names) in self._sets:
+            self.known.rounded = self._sets[tuple(names)]
+            return
         graph = self.known.graph
         layers = {layer_name(Layer(n)) for n in graph.calls(ops.linear.default)}
         targets = int4_targets(graph, 32, 8, layers - set(names))
@@ -197,6 +203,7 @@ class Search:
             graph, targets, self.data.calibration, self.data.valid, self.progress, folder
         )
         self.known.rounded = {targets[node].name: rounded for node, rounded in made.items()}
+        self._sets[tuple(names)] = self.known.rounded
 
     def make(self, position: int) -> Plan:
         """The plan at a position of the chain."""
@@ -242,7 +249,10 @@ class Search:
     # --- the search -------------------------------------------------------------------------------
 
     def run(self) -> Plan:
-        self._price()
+        """The plan. Another run, for another ``budget``, uses what has been measured."""
+        if not self.chain.items:
+            self.price()
+        self.tried, self.known.rounded = [], {}
         position = self._furthest()
         first = self._dense_int4(position)
         if first and len(first) < ROUND_AGAIN * len(self.known.rounded):
