@@ -20,10 +20,9 @@ from .gptq import INT4, Rounded
 ops = torch.ops.narrowcast
 
 OBJECTIVES = ("bytes", "latency")
-#: Rows of a dense layer's input that are timed, by the kind of model: a generated token and a prompt; a short
-#: text and a batch of long ones; the classifier of a picture and of a batch.
-ROWS = {"decoder": (1, 256), "encoder": (32, 1024), "image": (1, 16)}
-PICTURES = (1,)  #: for a convolution
+#: Rows of a layer's input that are timed, by the kind of model: a generated token and a prompt; a short text and a
+#: batch of long ones; a picture.
+ROWS = {"decoder": (1, 256), "encoder": (32, 1024), "image": (1,)}
 REPEATS, WARMUP = 15, 3
 #: A form must take less than this share of float32's time to count as faster.
 FASTER = 0.97
@@ -103,7 +102,7 @@ def _measured(kind: str, known: Known, item: Item, form: Form) -> dict[str, floa
     draft.graph.clean()
     executor = Executor(draft.graph, device="cpu")
     result = {}
-    for rows in PICTURES if item.kind == "conv" else ROWS[kind]:
+    for rows in ROWS[kind]:
         inputs = [t.repeat(rows, *[1] * (t.dim() - 1)) for t in (x, residual) if t is not None]
         profile = executor.profile(*inputs, repeats=REPEATS, warmup=WARMUP)
         # Between convolutions edges are int8: what quantises this one's input is the work of the layer before.
@@ -120,7 +119,6 @@ def _alone(known: Known, item: Item) -> tuple[Known, Tensor, Tensor | None]:
     shape = (weights[item.weight].shape[1],) if dense else tuple(layer["x"].meta["val"].shape[1:])
     x = torch.randn(1, *(int(n) for n in shape))
     of: dict[Any, fx.Node] = {layer["x"]: nodes.placeholder("x")}
-    of[layer["x"]].meta["val"] = torch.empty(2, *x.shape[1:], device="meta")
     residual = None
     if layer["residual"] is not None:
         sizes = original.meta["val"].shape[-1:] if dense else original.meta["val"].shape[1:]

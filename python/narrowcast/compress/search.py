@@ -51,6 +51,8 @@ KINDS = ("decoder", "encoder", "image")
 STATISTICS_BATCHES = {"decoder": 8, "encoder": 1000, "image": 16}
 #: Plans that are made and measured, at most; and what is left to gain, as a share of float32's cost, to stop before.
 MOST_PLANS, WORTH = 12, 0.004
+#: Plans that are shown to the final part, before float32 ends the search.
+MOST_LOOKS = 4
 #: GPTQ runs for the layers that are int4 where the predicted loss is this many times the budget.
 GENEROUS = 4.0
 #: It runs once more for the layers that are left, where they are fewer than this share: MiniLM at 1 % lost 0.0070
@@ -265,7 +267,7 @@ class Search:
             loss = plan.certificate["loss"]
             if loss is None or loss <= self.budget or position == 0:
                 break
-            position = self._back(position, loss)
+            position = self._back(position, loss) if looks < MOST_LOOKS else 0
         plan.record["search"] = self.record(looks)
         if looks > 1:
             plan.record["warnings"].append(
