@@ -101,9 +101,9 @@ _CHILD = """
 import torch, narrowcast as nc
 from torch import nn
 from narrowcast.compress import preflight
-net = nn.Sequential(*(nn.Linear(3072, 3072) for _ in range(6))).eval().requires_grad_(False)
+net = nn.Sequential(*(nn.Linear(3072, 3072) for _ in range(4))).eval().requires_grad_(False)
 data = [(torch.randn(512, 3072),) for _ in range(4)]
-options = {"recipe": "RECIPE", "data": data, "example_inputs": data[0]}
+options = {"recipe": "RECIPE", "data": data, "example_inputs": data[0], "dynamic_shapes": ({0: torch.export.Dim.AUTO},)}
 told = nc.predict(net, **options)
 nc.compress(net, **options)
 print(told.peak, preflight.most_resident())

@@ -254,11 +254,12 @@ def added_bytes(graph: Graph, kind: str, recipe: str, data: Any, size: int, run:
 
 def _multiplied(graph: Graph, inputs: tuple[Tensor, ...]) -> int:
     """Elements of the inputs of all dense layers; an executor keeps a copy of each in the order of its kernels."""
-    if inputs[0].dim() != 2:
-        return 0
+    first = inputs[0]
+    if first.dim() > 2:
+        return 0  # pictures: a classifier's input is small
+    rows = first.shape[0] if first.is_floating_point() else first.numel()
     return sum(
-        inputs[0].numel() * graph.weights[Layer(n)["weight"].target].shape[1]
-        for n in graph.calls(ops.linear.default)
+        rows * graph.weights[Layer(n)["weight"].target].shape[1] for n in graph.calls(ops.linear.default)
     )
 
 
