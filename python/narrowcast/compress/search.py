@@ -296,6 +296,7 @@ class Search:
         limit = self._limit(self.budget)
         self._round(self._dense_int4(limit))
         low, high = 0, limit + 1  # low is inside (float32 loses nothing), high is not, or not rounded for
+        kept = self.known.rounded  # what the plan at ``low`` was made of
         guess = self._at(self.budget if POWER[self.kind] == 1 else self.budget**2)
         while len(self.tried) < MOST_PLANS:
             guess = min(max(guess, low + 1), high - 1)
@@ -303,7 +304,7 @@ class Search:
                 break
             verdict = self._try(guess)
             if verdict.bound <= self.budget:
-                low = guess
+                low, kept = guess, self.known.rounded
             else:
                 high = guess
             if low == limit and limit < last:
@@ -316,6 +317,7 @@ class Search:
             guess = self._aim(guess, verdict.bound)
             if not low < guess < high:
                 guess = self._between(low, high)
+        self.known.rounded = kept
         return low
 
     def _limit(self, loss: float) -> int:
