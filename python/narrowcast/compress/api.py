@@ -218,7 +218,7 @@ class Data:
         first = 2 * keep if self.search else keep
         parts = texts[first:] or texts, texts[keep:first], texts[:keep]
         self.calibration, self.selection, self.held_out = (
-            _rows(text_batches(part, tokenizer, length, 16)) for part in parts
+            text_batches(part, tokenizer, length, 16) for part in parts
         )
 
     def _image(self, graph: Graph, data: Any) -> None:
@@ -238,7 +238,7 @@ class Data:
         keep = max(1, data.shape[0] // (3 if self.search else 5))
         first = 2 * keep if self.search else keep
         parts = data[first:] if first < data.shape[0] else data, data[keep:first], data[:keep]
-        self.calibration, self.selection, self.held_out = (_batches(p) for p in parts)
+        self.calibration, self.selection, self.held_out = ([(x,) for x in p.split(16)] for p in parts)
 
     def _order(self, count: int) -> list[int]:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
@@ -252,14 +252,6 @@ class Data:
     def valid(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
         """Rows of an encoder's batch that are not padding."""
         return inputs[1].bool() if self.model.kind == "encoder" else None
-
-
-def _rows(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    return list(batches)
-
-
-def _batches(pictures: Tensor) -> list[tuple[Tensor, ...]]:
-    return [(x,) for x in pictures.split(16)]
 
 
 def _compress(
