@@ -26,6 +26,7 @@ from .calibrate import WINDOW, collect, decoder_inputs, text_batches, token_wind
 from .cnn import quantize_cnn
 from .data import plain_tokenizer, read_texts, sentences
 from .default_text import PASSAGES
+from .half_attention import narrow_attention
 from .kv_cache import quantize_kv_cache
 from .sequential import round_in_sequence
 from .transformer import Decision, int4_targets, layer_name, quantize_grouped, quantize_int8
@@ -201,6 +202,7 @@ def _compress(
         if model.kind != "decoder":
             raise ArgumentError(f"kv_cache must be float for a model of kind {model.kind}")
         quantize_kv_cache(graph)
+    narrowed = narrow_attention(graph) if recipe in ("int8", "int4") else 0
     graph.clean()
     graph.fx.lint()
     graph.native = {}
@@ -214,6 +216,7 @@ def _compress(
         record={
             "recipe": recipe,
             "kv_cache": kv_cache,
+            "bfloat16_attentions": narrowed,
             "layers": [d.as_dict() for d in decisions],
             "calibration_sha256": data.hash,
             "calibration_batches": len(data.calibration),
