@@ -116,6 +116,9 @@ class Tape:
             return "eager", "said to be alone"
         return "graph", "the CPU's kernel"
 
+    def settle(self):
+        pass
+
     def copies(self):
         return Copies(self)
 

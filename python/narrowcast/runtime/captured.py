@@ -263,6 +263,8 @@ class CapturedProgram(Trace):
 
     def release(self) -> None:
         """Gives back the graphs and their memory; another run captures again."""
+        if self._parts is not None:
+            self.graphs.settle()
         self._parts, self._results, self._captured_bytes = None, [], 0
 
     # What it costs

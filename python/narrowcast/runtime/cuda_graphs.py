@@ -134,11 +134,16 @@ class CudaGraphs:
             return "eager", f"{choice.backend}: strict waits for what it found"
         return "graph", f"{choice.backend}: {choice.reason}"
 
+    def settle(self) -> None:
+        """Waits until the last run is over."""
+        self._done.synchronize()
+
     def copies(self) -> PinnedCopies:
         return PinnedCopies()
 
     def reserved(self) -> int:
-        """Bytes of device memory that this process holds, for differences."""
+        """Bytes of device memory that this process holds, for differences: what nobody uses is given back first."""
+        torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self.device)
 
     def moment(self) -> Moment:

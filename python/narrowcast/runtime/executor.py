@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import threading
@@ -71,7 +72,8 @@ class Executor:
         self.graphs = CudaGraphs(self.device) if self.device.type == "cuda" else None
         nodes, weights = _contents(source)
         formats = layouts(nodes, self.device) if self.graphs else None
-        self._shared = Shared(nodes, weights, self.device, formats)
+        with self.graphs.turn() if self.graphs else contextlib.nullcontext():
+            self._shared = Shared(nodes, weights, self.device, formats)
         self.source = source if self.graphs is None else _without_weights(source)
         self._programs: OrderedDict[tuple, Program | CapturedProgram] = OrderedDict()
         self._lock = threading.RLock()
