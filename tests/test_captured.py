@@ -15,9 +15,9 @@ from narrowcast.errors import ArgumentError
 from narrowcast.graph import Graph, Plan
 from narrowcast.runtime import Executor
 from narrowcast.runtime.captured import CapturedProgram
-from narrowcast.runtime.cuda_graphs import CudaGraphs, layouts
+from narrowcast.runtime.cuda_graphs import CudaGraphs, is_served, layouts
 from narrowcast.runtime.executor import _without_weights
-from narrowcast.runtime.trace import Shared
+from narrowcast.runtime.trace import Shared, written_placeholders
 from tape import Tape
 from test_generation import Source, Toy, greedy, random_prompt, toy  # noqa: F401  (toy is a fixture)
 from test_runtime import Cached, Mixed, exported
@@ -415,6 +415,38 @@ def test_weights_that_are_one_stay_one():
     weight = module[0].weight
     shared = Shared(graph.graph, dict.fromkeys(names, weight), torch.device("meta"))
     assert len({id(w) for w in shared.weights.values()}) == 1
+
+
+def test_auto_takes_a_gpu_that_is_proven(monkeypatch):
+    nodes, device = exported(Quantising(), torch.randn(4, 64)).graph, torch.device("cuda", 0)
+    proven = {"silu_mul"}
+    monkeypatch.setattr(dispatch, "_arch", lambda device: "sm_90")
+    monkeypatch.setattr(dispatch, "available", lambda op: dict.fromkeys(dispatch.BACKENDS, ""))
+    monkeypatch.setattr(dispatch, "proven", lambda op, backend, arch: op in proven and backend == "triton")
+    assert not is_served(nodes, device)
+    with dispatch.backend("triton"):
+        assert is_served(nodes, device)
+    proven.add("quantize_int8")
+    assert is_served(nodes, device)
+    with dispatch.backend("reference"):
+        assert not is_served(nodes, device)
+    assert is_served(exported(nn.Linear(4, 4), torch.randn(2, 4)).graph, device)  # all ATen's
+
+
+class Masked(nn.Module):
+    """Writes to a result of its own, which shares nothing with the input."""
+
+    def forward(self, x, cache):
+        y = x.relu()
+        y[y > 1] = 0.5
+        cache.view(-1)[2:4].copy_(x[0, :2])
+        return y * 2
+
+
+def test_an_input_is_written_where_memory_is_shared():
+    x, cache = torch.randn(4, 8), torch.zeros(2, 4)
+    nodes = exported(Masked(), x, cache, dynamic=False).graph
+    assert {n.name for n in written_placeholders(nodes)} == {"cache"}
 
 
 def test_a_device_holds_the_weights_alone():

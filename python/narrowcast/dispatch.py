@@ -325,6 +325,13 @@ def forced() -> str | None:
     return _forced.get()
 
 
+def is_trusted(op: str, device: torch.device) -> bool:
+    """Whether a backend of a GPU serves an op without being asked for, or one is asked for."""
+    if forced := _forced.get():
+        return forced != "reference"
+    return any(not available(op)[b] and proven(op, b, _arch(device)) for b in DEFAULT_ORDER)
+
+
 def measure(op: str, *arguments: Any, **options: Any) -> dict[str, float]:
     """Times every proven backend of an op on these CUDA tensors and remembers the best for this GPU model.
 

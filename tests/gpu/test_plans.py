@@ -250,6 +250,8 @@ def test_auto_is_the_gpu_and_the_file_is_the_same(tmp_path):
         exe = nc.load(tmp_path / "decoder.plan", device=device)
         assert exe.device == torch.device("cuda", torch.cuda.current_device())
         assert all(w.is_cuda for w in exe._shared.weights.values()) and not exe.source.graph.weights
+    with nc.backend("reference"):  # nothing there that a GPU would do better
+        assert nc.load(tmp_path / "decoder.plan", device="auto").device.type == "cpu"
     ids = torch.randint(0, CONFIG.vocab, (1, 17))
     assert relative_error(exe.logits(ids), executor("bf16", "cpu").logits(ids)) <= PLAN_BOUND["bf16"]
 

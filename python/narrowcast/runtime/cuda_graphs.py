@@ -7,6 +7,7 @@ something else takes this class's place.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from .trace import StepRecord, is_room
 WAITS = "synchronizing CUDA operation"
 #: Device time before the steps of a profile, in cycles: all of them are queued by then, so none waits for its launch.
 QUEUEING = 60_000_000
+#: torch captures one graph at a time in a process.
+_capturing = threading.Lock()
 
 
 class Moment:
@@ -115,9 +118,17 @@ class CudaGraphs:
 
     def record(self, work: Callable[[], list[Tensor]]) -> Callable[[], None]:
         """The launch of a graph that does what ``work`` asks the device for. ``work`` returns what must stay readable."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with (
+                _capturing,
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                work()
+        finally:
+            torch.cuda.set_stream(here)  # which torch does not restore when a capture fails
         return graph.replay
 
     def backend_of(self, step: StepRecord, given: Mapping[str, Any]) -> tuple[str, str]:
@@ -152,6 +163,12 @@ class CudaGraphs:
     def hold(self) -> None:
         """Keeps the stream busy while what follows is queued."""
         torch.cuda._sleep(QUEUEING)
+
+
+def is_served(nodes: fx.Graph, device: torch.device) -> bool:
+    """Whether every op of the rooms has a backend there that would be chosen, other than copies on the CPU."""
+    found = {n.target._opname for n in nodes.nodes if n.op == "call_function" and is_room(n.target)}
+    return all(op in dispatch.ROOM_OF and dispatch.is_trusted(op, device) for op in found)
 
 
 def layouts(nodes: fx.Graph, device: torch.device) -> dict[str, torch.memory_format]:

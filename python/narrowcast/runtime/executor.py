@@ -21,7 +21,7 @@ from ..graph.ir import Graph
 from ..graph.plan import Plan
 from . import explain as _explain
 from .captured import CapturedProgram, Finish
-from .cuda_graphs import CudaGraphs, layouts
+from .cuda_graphs import CudaGraphs, is_served, layouts
 from .encoding import Encoder
 from .generation import Decoder
 from .program import Program
@@ -34,8 +34,9 @@ class Executor:
     """Runs a plan or a graph.
 
     source: a ``Plan``, a ``narrowcast.graph.Graph`` or a ``torch.fx.GraphModule`` in its dialect.
-    device: "cpu", "cuda", or "auto" (CUDA when there is one). An explicit "cuda" without a CUDA
-        device raises; nothing falls back in silence, and ``explain()`` names what runs how.
+    device: "cpu", "cuda", or "auto": CUDA when there is one and a backend that is proven on it, or that is asked for
+        (NARROWCAST_BACKEND), serves every op of the graph. An explicit "cuda" without a CUDA device raises; nothing
+        falls back in silence, and ``explain()`` names what runs how.
     threads: CPU threads of a call; default: the container's CPU quota capped by the affinity mask.
     batch_invariant: rows of a batch run one at a time, so that their results do not depend on what
         shares the batch (bit for bit), at the price of speed.
@@ -59,7 +60,10 @@ class Executor:
     ):
         if threads is not None and threads < 1:
             raise ArgumentError(f"threads must be at least 1, got {threads}")
+        nodes, weights = _contents(source)
         self.device = resolve_device(device)
+        if device == "auto" and self.device.type == "cuda" and not is_served(nodes, self.device):
+            self.device = torch.device("cpu")
         self.threads = threads or default_threads()
         self.batch_invariant = batch_invariant
         self.max_programs, self.max_bytes = max_programs, max_bytes
@@ -70,7 +74,6 @@ class Executor:
         self.waste = {"tokens": 0, "computed": 0}
         #: Captures programs; None on the CPU, whose loop needs no launches.
         self.graphs = CudaGraphs(self.device) if self.device.type == "cuda" else None
-        nodes, weights = _contents(source)
         formats = layouts(nodes, self.device) if self.graphs else None
         with self.graphs.turn() if self.graphs else contextlib.nullcontext():
             self._shared = Shared(nodes, weights, self.device, formats)

@@ -163,11 +163,19 @@ def written_placeholders(graph: fx.Graph) -> set[fx.Node]:
         for i, argument in enumerate(schema.arguments):
             value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write:
-                while isinstance(value, fx.Node) and value.op == "call_function" and value.args:
+                while isinstance(value, fx.Node) and _is_view(value):
                     value = value.args[0]
                 if isinstance(value, fx.Node) and value.op == "placeholder":
                     written.add(value)
     return written
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's result may share the memory of its first argument: a part of a tuple, or as its schema says."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or not node.args:
+        return False
+    return schema is None or schema.arguments[0].alias_info is not None
 
 
 class Trace:
