@@ -304,11 +304,60 @@ def test_a_growing_cache_and_the_last_position(toy, monkeypatch):  # noqa: F811
     prompts = [random_prompt(n) for n in (21, 3)]
     exe = captured(source)
     got = [[], []]
-    for i, token in exe.generate_ids(prompts, max_new_tokens=40):
+    for i, token in exe.generate_ids(prompts, max_new_tokens=60):
         got[i].append(token)
-    assert got == [greedy(module, p, 40) for p in prompts]
+    assert got == [greedy(module, p, 60) for p in prompts]
+    assert len({p.finish.capacity for p in exe._programs.values() if p.finish}) == 2  # it has grown
     long = random_prompt(196)
     assert list(exe.generate_ids(long)) == list(Executor(source, device="cpu", threads=1).generate_ids(long))
+
+
+def test_a_sequence_that_has_ended_stays_within_the_cache(toy, monkeypatch):  # noqa: F811
+    """The long one ends early; while the short one goes on, its position would leave the cache."""
+    module, source = toy
+    monkeypatch.setattr("narrowcast.runtime.cache.MIN_CAPACITY", 4)
+    monkeypatch.setattr("narrowcast.runtime.generation.CHUNK", 8)
+    prompts = [random_prompt(45), random_prompt(3)]
+    end = greedy(module, prompts[0], 1)[0]
+    exe, plain = captured(source), Executor(source, device="cpu", threads=1)
+    options = {"max_new_tokens": 40, "eos": [end]}
+    assert list(exe.generate_ids(prompts, **options)) == list(plain.generate_ids(prompts, **options))
+    assert exe.decoder._steps.cache.capacity == 64
+
+
+def test_greedy_and_sampled_runs_over_one_cache(toy):  # noqa: F811
+    _, source = toy
+    exe, plain, prompt = captured(source), Executor(source, device="cpu", threads=1), random_prompt(7)
+    for options in ({}, {"temperature": 0.8, "seed": 2}, {}, {"temperature": 0.8, "seed": 4}):
+        tokens = list(exe.generate_ids(prompt, max_new_tokens=8, **options))
+        assert tokens == list(plain.generate_ids(prompt, max_new_tokens=8, **options))
+    assert len(exe.decoder._free) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_decoding_with_the_last_step_alone(toy, temperature):  # noqa: F811
+    """What follows the last node is then a launch of its own."""
+    _, source = toy
+    exe, plain, prompt = (
+        captured(source, Tape(["aten.linear"])),
+        Executor(source, device="cpu"),
+        random_prompt(7),
+    )
+    options = {"max_new_tokens": 8, "temperature": temperature, "seed": 3}
+    assert list(exe.generate_ids(prompt, **options)) == list(plain.generate_ids(prompt, **options))
+    assert exe.explain(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.int32), torch.tensor([0]),
+                       *exe.decoder._free[0].tensors).not_native[-1].op == "aten.linear"  # fmt: skip
+
+
+class Last(nn.Module):
+    def forward(self, x):
+        return x.relu(), x.sigmoid()
+
+
+def test_a_result_of_the_last_step_alone():
+    exe = captured(exported(Last(), torch.randn(4, 3)), Tape(["aten.sigmoid"]))
+    for _ in range(4):
+        check(exe, Last(), torch.randn(4, 3))
 
 
 def test_runs_that_take_turns(toy):  # noqa: F811
