@@ -24,6 +24,7 @@ _LAZY = {
     "Plan": ".graph",
     "evaluate": ".compress",
     "load": ".runtime",
+    "predict": ".compress",
     "verify": ".runtime",
 }
 
@@ -56,6 +57,7 @@ __all__ = [
     "evaluate",
     "explain",
     "load",
+    "predict",
     "show_config",
     "verify",
 ]

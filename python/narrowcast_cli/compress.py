@@ -22,6 +22,10 @@ def compress(
         float | None, typer.Option(help="largest relative loss of the model's own metric, such as 0.01")
     ] = None,
     kv_cache: Annotated[str, typer.Option(help="float or int8: the cache of a language model")] = "float",
+    objective: Annotated[str, typer.Option(help="what recipe auto makes small: bytes or latency")] = "bytes",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="predict bytes, time and memory; write nothing")
+    ] = False,
     device: Annotated[str, typer.Option(help="the device that the plan is measured on")] = "cpu",
     seed: Annotated[int, typer.Option(help="of whatever is drawn at random")] = 0,
     report: Annotated[
@@ -33,12 +37,20 @@ def compress(
     import narrowcast
     from narrowcast.files import check_writable
 
+    if dry_run:
+        prediction = narrowcast.predict(source, recipe=recipe, data=data, seed=seed)
+        if json:
+            output.print_json(prediction.as_dict())
+        else:
+            rows = [[name, value] for name, value in _predicted(prediction).items()]
+            output.console().print(output.table("would take", ["what", "value"], rows))
+        return
     for file in (out, report):
         if file is not None:
             check_writable(file)
     with output.progress(quiet=json) as progress:
         plan = narrowcast.compress(
-            source, recipe=recipe, data=data, budget=budget, kv_cache=kv_cache, device=device, seed=seed,
+            source, recipe=recipe, data=data, budget=budget, objective=objective, kv_cache=kv_cache, device=device, seed=seed,
             progress=progress, work=out.with_name(f".{out.name}.work"),
         )  # fmt: skip
         plan.save(out)
@@ -64,6 +76,18 @@ def compress(
         output.console().print(f"warning: {warning}", markup=False)
     if report is not None:
         output.console().print(f"wrote {report}", markup=False)
+
+
+def _predicted(prediction) -> dict[str, str]:
+    least, most = (output.size(b) for b in prediction.bytes)
+    return {
+        "recipe": prediction.recipe,
+        "bytes of weights": least if least == most else f"{least} to {most}",
+        "seconds": f"about {prediction.seconds:.0f}",
+        "peak of memory": f"about {output.size(prediction.peak)}",
+        "memory there is": output.size(prediction.available),
+        "notes": "; ".join(prediction.notes),
+    }
 
 
 def _shown(name: str, value) -> str:

@@ -7,10 +7,10 @@ call share their name, so the package itself can be called, whichever way it was
 import sys
 from types import ModuleType
 
-from .api import RECIPES, compress
+from .api import RECIPES, compress, predict
 from .evaluation import Evaluation, evaluate
 
-__all__ = ["RECIPES", "Evaluation", "compress", "evaluate"]
+__all__ = ["RECIPES", "Evaluation", "compress", "evaluate", "predict"]
 
 
 class _Callable(ModuleType):

@@ -20,14 +20,16 @@ from narrowcast.importers.model import Model, load_model
 from narrowcast.runtime.executor import Executor, resolve_device
 from narrowcast.runtime.verify import certify
 
-from . import hygiene
+from . import hygiene, preflight
 from . import metrics as measure
 from .calibrate import WINDOW, collect, decoder_inputs, text_batches, token_windows
 from .cnn import quantize_cnn
+from .cost import OBJECTIVES
 from .data import plain_tokenizer, read_texts, sentences
 from .default_text import PASSAGES
 from .half_attention import narrow_attention
 from .kv_cache import quantize_kv_cache
+from .search import KINDS, Search
 from .sequential import round_in_sequence
 from .transformer import Decision, int4_targets, layer_name, quantize_grouped, quantize_int8
 from .work_folder import WorkFolder, fingerprint
@@ -35,14 +37,13 @@ from .work_folder import WorkFolder, fingerprint
 ops = torch.ops.narrowcast
 
 RECIPES = ("native", "fp32", "int8", "int8-weight", "int4")
-#: Tried in this order by recipe "auto", the smallest first; the first within the budget is taken.
-AUTO = {"decoder": ("int4", "int8", "int8-weight", "fp32"), "encoder": ("int4", "int8", "int8-weight", "fp32"),
-        "image": ("int8", "fp32"), "generic": ("fp32",)}  # fmt: skip
 
 #: Windows of text for statistics of a layer's inputs, and for GPTQ, which needs more; windows held out.
 STATISTICS_WINDOWS, CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 8, 24, 3
+#: The same for recipe "auto", which chooses by as many windows more: bounds of a decoder's loss are wide.
+SEARCH_WINDOWS = 10
 MEASURED_BATCHES = 20  #: held-out batches that are measured, and as many of calibration
-SENTENCES = 320  #: of a document, for an encoder
+SENTENCES, SEARCH_SENTENCES = 320, 480  #: of a document, for an encoder
 #: For int4 the weights lose more than int8 activations in groups do, and products of integers are much faster.
 INT4_ACTIVATION_BITS = 8
 Progress = Callable[[str, int, int], Any]
@@ -54,6 +55,7 @@ def compress(
     recipe: str = "int8",
     data: Any = None,
     budget: float | None = None,
+    objective: str = "bytes",
     kv_cache: str = "float",
     group_size: int | None = None,
     keep_float: Sequence[str] = (),
@@ -67,13 +69,16 @@ def compress(
 
     model: whatever :func:`narrowcast.importers.load_model` takes (options go there), or its result.
     recipe: "native" (the file's own codes), "fp32", "int8" (W8A8), "int8-weight" (int8 in groups,
-        16-bit activations), "int4" (int4 in groups of 32 by GPTQ, int8 activations), or "auto" (the smallest of these
-        within ``budget``).
+        16-bit activations), "int4" (int4 in groups of 32 by GPTQ, int8 activations), or "auto" (a form for every
+        layer, the cheapest within ``budget``; see :mod:`narrowcast.compress.search`).
     data: for language models and encoders a text, a list of texts or a path of a text file; for image models
-        a tensor [N, 3, H, W] as the model takes it, or a folder of pictures. A fifth is held out and measured.
+        a tensor [N, 3, H, W] as the model takes it, or a folder of pictures. A fifth is held out and measured;
+        "auto" chooses by a second fifth (of pictures: thirds).
         None: a few bundled passages for text; image models need data for "int8".
     budget: the largest loss of the model's own metric on held-out data: relative perplexity increase, 1 - mean
-        cosine, or 1 - top-class agreement. A result outside it raises, except for "auto".
+        cosine, or 1 - top-class agreement. A result outside it raises; "auto" goes back to float32 if it must.
+    objective: what "auto" makes small: "bytes" of the plan, or "latency", measured with the kernels of this machine;
+        then a layer that is not faster quantised stays in float.
     kv_cache: "float", or "int8" for a decoder's cache.
     group_size: of weights along K for the grouped recipes (default 32); of activations for "int8" (default 64).
     keep_float: names of layers that stay in float.
@@ -91,24 +96,27 @@ def compress(
         raise ArgumentError(f"budget must lie between 0 and 1 (0.01 is one per cent), got {budget}")
     if recipe == "auto" and budget is None:
         raise ArgumentError("recipe auto needs a budget, such as 0.01")
+    if objective not in OBJECTIVES:
+        raise ArgumentError(f"objective must be {' or '.join(OBJECTIVES)}, got {objective!r}")
     if resolve_device(device).type != "cpu":
         raise UnsupportedError("device must be cpu: plans are measured on the CPU, and run on any device")
     began = time.monotonic()
-    imported = load_model(model, **options)
-    original = Graph.from_exported(imported.exported, imported.native)
-    fused, report = optimize(original)
-    held = Data(imported, fused, data, seed)
-    attempts = AUTO[imported.kind] if recipe == "auto" else (recipe,)
-    tried = []
-    for attempt in attempts:
-        plan = _compress(
-            imported, fused, held, attempt, kv_cache, group_size, set(keep_float), progress, work
-        )
-        loss = plan.certificate["loss"]
-        tried.append({"recipe": attempt, "loss": loss})
-        if budget is None or loss is None or loss <= budget:
-            break
-    plan.record |= {"seconds": round(time.monotonic() - began, 2), "passes": str(report), "tried": tried}
+    imported, fused, held, report = _prepare(model, recipe, data, seed, options)
+    need = preflight.predict(fused, imported.kind, recipe, held, group_size, time_it=False)
+    preflight.refuse_without_memory(need.peak, need.available)
+    progress = _tidy(progress)
+    if recipe == "auto" and imported.kind in KINDS and budget is not None:
+        if not held.held_out:
+            raise ArgumentError("data must be given: recipe auto chooses by what it measures")
+        plan = Search(
+            imported.kind, fused, held, budget, objective, set(keep_float),
+            lambda graph, decisions: _finish(imported, fused, held, graph, decisions, recipe, kv_cache),
+            lambda plan: _certify(plan, fused, held), progress, work,
+        ).run()  # fmt: skip
+    else:
+        only = "fp32" if recipe == "auto" else recipe  # nothing says what another kind of model loses
+        plan = _compress(imported, fused, held, only, kv_cache, group_size, set(keep_float), progress, work)
+    plan.record |= {"seconds": round(time.monotonic() - began, 2), "passes": str(report)}
     if budget is not None and plan.certificate["loss"] is not None and plan.certificate["loss"] > budget:
         raise UnsupportedError(
             f"recipe {recipe} loses {plan.certificate['loss']:.4g} on held-out data, more than the budget "
@@ -117,11 +125,58 @@ def compress(
     return plan
 
 
-class Data:
-    """Calibration batches and held-out batches, never the same rows; in the form that the graph takes."""
+def predict(
+    model: Any,
+    *,
+    recipe: str = "int8",
+    data: Any = None,
+    group_size: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> preflight.Prediction:
+    """What :func:`compress` with these arguments would make and need, without doing it.
 
-    def __init__(self, model: Model, graph: Graph, data: Any, seed: int):
-        self.model, self.seed = model, seed
+    The model is imported and runs once. Bytes of the weights are exact, or a range where measurements have a say
+    (which layers of a CNN stay in float; all of "auto"); seconds and memory are estimates.
+
+    Raises as :func:`compress` does.
+    """
+    if recipe not in (*RECIPES, "auto"):
+        raise ArgumentError(f"recipe must be one of {', '.join(RECIPES)} or auto, got {recipe!r}")
+    imported, fused, held, _ = _prepare(model, recipe, data, seed, options)
+    return preflight.predict(fused, imported.kind, recipe, held, group_size)
+
+
+def _prepare(
+    model: Any, recipe: str, data: Any, seed: int, options: dict[str, Any]
+) -> tuple[Model, Graph, Data, Any]:
+    imported = load_model(model, **options)
+    fused, report = optimize(Graph.from_exported(imported.exported, imported.native))
+    held = Data(imported, fused, data, seed, search=recipe == "auto")
+    _refuse_nan(fused)
+    return imported, fused, held, report
+
+
+def _tidy(progress: Progress | None) -> Progress:
+    """Progress that also gives memory back, so that what one step freed does not add to the next one's peak."""
+
+    def tick(what: str, done: int, total: int) -> None:
+        preflight.release()
+        if progress is not None:
+            progress(what, done, total)
+
+    return tick
+
+
+class Data:
+    """Calibration batches and held-out batches, never the same rows; in the form that the graph takes.
+
+    search: set as many batches apart once more, to choose by (``selection``).
+    """
+
+    def __init__(self, model: Model, graph: Graph, data: Any, seed: int, search: bool = False):
+        self.model, self.seed, self.search = model, seed, search
+        self.selection: list[tuple[Tensor, ...]] = []
         self.warnings: list[str] = []
         self.begin: int | None = None  #: the token that a decoder's texts begin with in use
         build = {"decoder": self._decoder, "encoder": self._encoder, "image": self._image}.get(model.kind)
@@ -147,21 +202,25 @@ class Data:
         text = "\n\n".join(self._texts(data))
         bos = self.model.config.get("bos_token_id")
         length = min(WINDOW, self.model.config.get("context") or WINDOW)
-        windows = token_windows(text, tokenizer, bos, length, CALIBRATION_WINDOWS + HELD_OUT_WINDOWS)
-        keep = min(max(1, len(windows) // 5), HELD_OUT_WINDOWS)
+        most = SEARCH_WINDOWS if self.search else HELD_OUT_WINDOWS
+        windows = token_windows(text, tokenizer, bos, length, CALIBRATION_WINDOWS + (1 + self.search) * most)
         self.begin = hygiene.begin_token(tokenizer, bos)
-        self.calibration = [decoder_inputs(graph, w) for w in windows[:-keep] or windows]
-        self.held_out = [decoder_inputs(graph, w) for w in windows[-keep:]]
+        if self.search:
+            windows = [windows[i] for i in self._order(len(windows))]
+        keep = min(max(1, len(windows) // 5), most)
+        self._split([decoder_inputs(graph, w) for w in windows], keep)
 
     def _encoder(self, graph: Graph, data: Any) -> None:
         tokenizer = plain_tokenizer(self.model.assets)
-        texts = sentences(self._texts(data), SENTENCES)
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        texts = [texts[i] for i in order]
+        texts = sentences(self._texts(data), SEARCH_SENTENCES if self.search else SENTENCES)
+        texts = [texts[i] for i in self._order(len(texts))]
         keep = max(1, len(texts) // 5)
         length = min(int(self.model.config.get("max_position_embeddings", 512)), 256)
-        self.calibration = [*text_batches(texts[keep:] or texts, tokenizer, length, 16)]
-        self.held_out = [*text_batches(texts[:keep], tokenizer, length, 16)]
+        first = 2 * keep if self.search else keep
+        parts = texts[first:] or texts, texts[keep:first], texts[:keep]
+        self.calibration, self.selection, self.held_out = (
+            text_batches(part, tokenizer, length, 16) for part in parts
+        )
 
     def _image(self, graph: Graph, data: Any) -> None:
         if data is None:
@@ -175,11 +234,21 @@ class Data:
         if data.shape[0] < 2:
             raise ArgumentError("data must hold at least 2 pictures: some are held out")
         self.hash = hashlib.sha256(data.contiguous().view(torch.uint8).numpy().data).hexdigest()
-        order = torch.randperm(data.shape[0], generator=torch.Generator().manual_seed(self.seed))
-        data = data[order]
-        keep = max(1, data.shape[0] // 5)
-        self.calibration = [(x,) for x in data[keep:].split(16)]
-        self.held_out = [(x,) for x in data[:keep].split(16)]
+        data = data[torch.tensor(self._order(data.shape[0]))]
+        # Ranges need few pictures, and an agreement near 1 needs many.
+        keep = max(1, data.shape[0] // (3 if self.search else 5))
+        first = 2 * keep if self.search else keep
+        parts = data[first:] if first < data.shape[0] else data, data[keep:first], data[:keep]
+        self.calibration, self.selection, self.held_out = ([(x,) for x in p.split(16)] for p in parts)
+
+    def _order(self, count: int) -> list[int]:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
+
+    def _split(self, batches: list[tuple[Tensor, ...]], keep: int) -> None:
+        """The last ``keep`` are held out, before them as many to choose by; what is left is for calibration."""
+        first = len(batches) - keep * (1 + self.search)
+        self.calibration = batches[: max(first, 0)] or batches
+        self.selection, self.held_out = batches[max(first, 0) : -keep], batches[-keep:]
 
     def valid(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
         """Rows of an encoder's batch that are not padding."""
@@ -198,6 +267,21 @@ def _compress(
         raise ArgumentError(
             f"keep_float must name layers; there is no {sorted(unknown)[0]!r} (there are {names} ...)"
         )
+    plan = _finish(model, fused, data, graph, decisions, recipe, kv_cache)
+    _certify(plan, fused, data)
+    return plan
+
+
+def _finish(
+    model: Model,
+    fused: Graph,
+    data: Data,
+    graph: Graph,
+    decisions: list[Decision],
+    recipe: str,
+    kv_cache: str,
+) -> Plan:
+    """The plan of a rewritten graph, without its certificate."""
     if kv_cache == "int8":
         if model.kind != "decoder":
             raise ArgumentError(f"kv_cache must be float for a model of kind {model.kind}")
@@ -226,18 +310,19 @@ def _compress(
         assets=model.assets,
         source=model.source,
     )
-    _certify(plan, fused, data)
-    plan.record["warnings"] += (plan.certificate["data"] or {}).get("warnings", [])
     return plan
+
+
+def _refuse_nan(graph: Graph) -> None:
+    for name, weight in graph.weights.items():
+        if weight.is_floating_point() and weight.isnan().any():
+            raise ArgumentError(f"weight {name} holds NaN: the model is damaged")
 
 
 def _apply(
     graph: Graph, model: Model, data: Data, recipe: str, group_size: int | None, keep_float: set[str],
     progress: Progress | None, work: str | Path | None,
 ) -> list[Decision]:  # fmt: skip
-    for name, weight in graph.weights.items():
-        if weight.is_floating_point() and weight.isnan().any():
-            raise ArgumentError(f"weight {name} holds NaN: the model is damaged")
     if recipe == "fp32":
         return []
     if recipe == "native" and not graph.native:
@@ -302,7 +387,7 @@ def _certify(plan: Plan, fused: Graph, data: Data) -> None:
     if not data.held_out:
         return
     exe = Executor(plan, device="cpu")
-    held_out = data.held_out[:MEASURED_BATCHES]
+    held_out = data.held_out if plan.recipe == "auto" else data.held_out[:MEASURED_BATCHES]
     results, errors = measure.compare(plan.kind, fused, exe, held_out)
     samples: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
     if plan.kind == "decoder":
@@ -313,12 +398,14 @@ def _certify(plan: Plan, fused: Graph, data: Data) -> None:
         first = tuple(x[:2] for x in held_out[0])
         samples = [(first, fused.run(*first))]
     # The same measure on as much of the data that calibration saw tells whether it was learnt by heart.
-    few = data.calibration[: len(held_out)] if plan.recipe in hygiene.CALIBRATED else []
+    most = HELD_OUT_WINDOWS if plan.kind == "decoder" else min(len(held_out), MEASURED_BATCHES)
+    few = data.calibration[:most] if plan.recipe in hygiene.CALIBRATED else []
     seen = measure.compare(plan.kind, fused, exe, few)[1] if few else None
-    widest = _widest_rounded(plan, fused) if plan.recipe == "int4" else 0
+    widest = _widest_rounded(plan, fused) if plan.recipe in ("int4", "auto") else 0
     plan.certificate["data"] = hygiene.describe(
         plan.kind, plan.recipe, data.calibration, data.held_out, (seen, errors), data.begin, widest
     )
+    plan.record["warnings"] += plan.certificate["data"].get("warnings", [])
     plan.certificate["metrics"] = {name: m.value for name, m in results.items()}
     plan.certificate["bounds"] = {name: [m.low, m.high] for name, m in results.items()}
     if plan.kind in measure.MAIN:

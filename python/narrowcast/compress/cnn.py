@@ -202,17 +202,21 @@ def quantize_cnn(
     batches: Sequence[tuple[Tensor, ...]],
     keep_float: set[str],
     progress: Callable[[str, int, int], Any] | None = None,
+    edges: dict[fx.Node, Edge] | None = None,
 ) -> list[Decision]:
-    """Every convolution that does not stand out becomes conv2d_int8. In place."""
+    """Every convolution that does not stand out becomes conv2d_int8. In place.
+
+    edges: what :func:`observe_edges` saw in this graph; then ``keep_float`` alone says what stays in float.
+    """
     absorb_padding(graph)
-    edges = observe_edges(graph, batches, progress)
-    macs = weight_macs(graph, batches)
-    few = tuple(x[:8] for x in batches[0])
     rounded = {
         node: int8_rows(graph.weight(Layer(node)["weight"])) for node in graph.calls(ops.conv2d.default)
     }
-    losses = sensitivity(graph, few, rounded, progress)
-    in_float = set(stand_out(losses, macs))
+    losses: dict[fx.Node, float] = {}
+    if edges is None:
+        edges = observe_edges(graph, batches, progress)
+        losses = sensitivity(graph, tuple(x[:8] for x in batches[0]), rounded, progress)
+    in_float = set(stand_out(losses, weight_macs(graph, batches))) if losses else set()
     usual = median(losses)
     decisions, rewritten = [], {}
     for node in list(graph.calls(ops.conv2d.default)):

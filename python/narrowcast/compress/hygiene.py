@@ -19,7 +19,7 @@ from .metrics import bootstrap
 from .sequential import ROWS_PER_INPUT
 
 #: Recipes that look at calibration data; the others only measure on held-out data.
-CALIBRATED = ("int8", "int8-weight", "int4")
+CALIBRATED = ("int8", "int8-weight", "int4", "auto")
 #: Held-out error over calibration error from which a plan has learnt its calibration data by heart, where the
 #: 95 % bounds lie apart as well. MiniLM on a novel: int8 0.97, int4 by GPTQ 7.2.
 OVERFIT = 1.5

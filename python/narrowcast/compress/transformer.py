@@ -39,6 +39,8 @@ class Decision:
     damping: float | None = None  #: what GPTQ added to the diagonal of the Hessian, relative to its mean
     dead: int = 0  #: inputs that were zero in all of the calibration data
     notes: list[str] = field(default_factory=list)  #: what a user should know of; become warnings
+    #: Of a search: every form that the layer could take, with its bytes, cost and loss.
+    candidates: list[dict] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -213,7 +215,10 @@ def quantize_int8(
         options = {"group_size": group, "post_activation": layer["post_activation"]}
         graph.replace(node, graph.add_call(ops.linear_dynamic_int8.default, arguments, options, like=node))
 
-    def table(node: fx.Node, name: str) -> tuple[embedding.Parts, Int8Weight]:
+    def table(node: fx.Node, name: str) -> tuple[embedding.Parts, Int8Weight] | None:
+        if name in keep_float:
+            decisions.append(Decision(name, "embedding", "float32", why="asked for"))
+            return None
         quantised = int8_rows(graph.weight(node.args[0]))
         return _rows(graph, name, quantised, node), quantised
 
@@ -326,6 +331,9 @@ def quantize_grouped(
     def table(node: fx.Node, name: str) -> tuple[embedding.Parts, GroupedWeight] | None:
         own = graph.native.get(node.args[0].target)
         exact = isinstance(own, GroupedWeight) and own.columns is None
+        if name in keep_float:
+            decisions.append(Decision(name, "embedding", "float32", why="asked for"))
+            return None
         if native and not exact:
             return None
         quantised = own if exact else grouped(graph.weight(node.args[0]), 8, 32)
