@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import sys
 from html.parser import HTMLParser
@@ -161,7 +162,7 @@ def test_bytes_of_nested_names_count_once(plan):
 
 
 def test_notes_of_rounding_are_shown(plan):
-    copy = Plan(plan.graph, "generic", "int4", record={"layers": [
+    copy = Plan(plan.graph, "generic", "int4", record={"first_damping": 0.01, "layers": [
         {"name": "a", "op": "linear_grouped", "precision": "int4", "damping": 0.1, "dead": 3, "notes": ["a retry"]},
     ]})  # fmt: skip
     assert layers_of(copy)[0]["notes"] == [
@@ -206,11 +207,49 @@ def test_a_plan_without_the_figures_says_so(cli, plan, tmp_path):
         ({"warnings": 3}, {}),
         ({}, {"metrics": {"kl": "low"}}),
         ({}, {"data": "fine"}),
+        ({}, {"data": {"unit": "tokens"}}),
+        ({}, {"bounds": {"kl": [0.1]}}),
+        ({}, {"measured_on": {"device": "cpu"}}),
+        ({"layers": [{"notes": [{"a": 1}]}]}, {}),
+        ({"layers": [{"dead": "many"}]}, {}),
+        ({"bytes_float32": "1 GB"}, {}),
     ],
 )
-def test_a_record_that_is_no_record(plan, record, certificate):
+def test_a_record_that_is_no_record(cli, plan, tmp_path, record, certificate):
+    bad = Plan(plan.graph, "generic", "int8", record=record, certificate=certificate)
     with pytest.raises(FormatError, match="not well formed"):
-        report_of(Plan(plan.graph, "generic", "int8", record=record, certificate=certificate))
+        report_of(bad)
+    bad.save(tmp_path / "bad.plan")
+    one_line(cli("inspect", tmp_path / "bad.plan", "--report", tmp_path / "a.html"), 1, "not well formed")
+
+
+def _leaves(value, path=()):
+    """The paths of everything in a document."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield (*path, key)
+        yield from _leaves(item, (*path, key))
+
+
+def test_whatever_is_replaced_in_a_document_reads_or_is_refused(plan, tmp_path, monkeypatch, seed):
+    """No part of a record or a certificate can make a page fail otherwise than with a FormatError."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # the plot takes its time
+    document = {"record": plan.record, "certificate": plan.certificate}
+    wrong = ("text", -1.5, None, [], {}, [1, "a"], True)
+    cases = [(path, value) for path in _leaves(document) for value in wrong]
+    refused = 0
+    for path, value in random.Random(seed).sample(cases, 150):
+        copy = json.loads(json.dumps(document))
+        place = copy
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        try:
+            write_page(report_of(Plan(plan.graph, "generic", "int8", **copy)), tmp_path / "a.html")
+        except FormatError as error:
+            assert "not well formed" in str(error)
+            refused += 1
+    assert refused > 20
 
 
 def test_unwritable_paths_leave_nothing(cli, plan_file, tmp_path, monkeypatch):
