@@ -22,6 +22,13 @@ def compress(
         float | None, typer.Option(help="largest relative loss of the model's own metric, such as 0.01")
     ] = None,
     kv_cache: Annotated[str, typer.Option(help="float or int8: the cache of a language model")] = "float",
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="a multiple of 32: of weights (32), for int8 of activations (64; 0: one scale per token)"
+        ),
+    ] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="int4 without zero points")] = False,
     device: Annotated[str, typer.Option(help="the device that the plan is measured on")] = "cpu",
     seed: Annotated[int, typer.Option(help="of whatever is drawn at random")] = 0,
     report: Annotated[
@@ -38,8 +45,8 @@ def compress(
             check_writable(file)
     with output.progress(quiet=json) as progress:
         plan = narrowcast.compress(
-            source, recipe=recipe, data=data, budget=budget, kv_cache=kv_cache, device=device, seed=seed,
-            progress=progress, work=out.with_name(f".{out.name}.work"),
+            source, recipe=recipe, data=data, budget=budget, kv_cache=kv_cache, group_size=group_size,
+            symmetric=symmetric, device=device, seed=seed, progress=progress, work=out.with_name(f".{out.name}.work"),
         )  # fmt: skip
         plan.save(out)
     content = None if report is None else write_report(narrowcast.Plan.load(out), report)

@@ -22,13 +22,23 @@ from narrowcast.runtime.verify import certify
 
 from . import hygiene
 from . import metrics as measure
-from .calibrate import WINDOW, collect, decoder_inputs, text_batches, token_windows
+from .calibrate import WINDOW, collect, decoder_inputs, row_batches, text_batches, token_windows
 from .cnn import quantize_cnn
 from .data import plain_tokenizer, read_texts, sentences
 from .default_text import PASSAGES
+from .gptq import DAMPING
 from .kv_cache import quantize_kv_cache
-from .sequential import round_in_sequence
-from .transformer import Decision, int4_targets, layer_name, quantize_grouped, quantize_int8
+from .sequential import RIDGE, RIDGE_ENCODER, round_in_sequence
+from .synthetic import random_texts
+from .transformer import (
+    Decision,
+    int4_targets,
+    int8_targets,
+    layer_name,
+    quantize_grouped,
+    quantize_int8,
+    smooth,
+)
 from .work_folder import WorkFolder, fingerprint
 
 ops = torch.ops.narrowcast
@@ -55,6 +65,7 @@ def compress(
     budget: float | None = None,
     kv_cache: str = "float",
     group_size: int | None = None,
+    symmetric: bool = False,
     keep_float: Sequence[str] = (),
     device: str = "cpu",
     seed: int = 0,
@@ -74,7 +85,10 @@ def compress(
     budget: the largest loss of the model's own metric on held-out data: relative perplexity increase, 1 - mean
         cosine, or 1 - top-class agreement. A result outside it raises, except for "auto".
     kv_cache: "float", or "int8" for a decoder's cache.
-    group_size: of weights along K for the grouped recipes (default 32); of activations for "int8" (default 64).
+    group_size: of weights along K for the grouped recipes (default 32); of activations for "int8" (default 64, for
+        encoders 32; 0 is one scale per token).
+        A layer whose inputs it does not divide has smaller groups, and says so.
+    symmetric: int4 without zero points: a tenth fewer bytes in groups of 32, and a larger error.
     keep_float: names of layers that stay in float.
     work: a folder where "int4" keeps finished layers; a run that was cut short goes on from there and ends with
         the same plan, bit for bit. It is deleted when the plan is made.
@@ -90,6 +104,10 @@ def compress(
         raise ArgumentError(f"budget must lie between 0 and 1 (0.01 is one per cent), got {budget}")
     if recipe == "auto" and budget is None:
         raise ArgumentError("recipe auto needs a budget, such as 0.01")
+    if symmetric and recipe not in ("int4", "auto"):
+        raise ArgumentError(f"symmetric must be False for recipe {recipe}: only int4 has zero points")
+    if group_size is not None and (group_size < 0 or group_size % 32):
+        raise ArgumentError(f"group_size must be a multiple of 32, got {group_size}")
     if resolve_device(device).type != "cpu":
         raise UnsupportedError("device must be cpu: plans are measured on the CPU, and run on any device")
     began = time.monotonic()
@@ -101,7 +119,7 @@ def compress(
     tried = []
     for attempt in attempts:
         plan = _compress(
-            imported, fused, held, attempt, kv_cache, group_size, set(keep_float), progress, work
+            imported, fused, held, attempt, kv_cache, group_size, set(keep_float), progress, work, symmetric
         )
         loss = plan.certificate["loss"]
         tried.append({"recipe": attempt, "loss": loss})
@@ -121,10 +139,11 @@ class Data:
 
     def __init__(self, model: Model, graph: Graph, data: Any, seed: int):
         self.model, self.seed = model, seed
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(model.warnings)
         self.begin: int | None = None  #: the token that a decoder's texts begin with in use
         build = {"decoder": self._decoder, "encoder": self._encoder, "image": self._image}.get(model.kind)
         self.calibration: list[tuple[Tensor, ...]] = []
+        self.synthetic: list[tuple[Tensor, ...]] = []  #: rounded for as well, see synthetic.py
         self.held_out: list[tuple[Tensor, ...]] = []
         self.hash: str | None = None
         if build is not None:
@@ -159,7 +178,11 @@ class Data:
         texts = [texts[i] for i in order]
         keep = max(1, len(texts) // 5)
         length = min(int(self.model.config.get("max_position_embeddings", 512)), 256)
-        self.calibration = [*text_batches(texts[keep:] or texts, tokenizer, length, 16)]
+        # Texts of like length side by side: padding is computed, too.
+        rows = sorted((tokenizer.encode(t).ids[:length] for t in texts[keep:] or texts), key=len)
+        self.calibration = [*row_batches(rows, 16)]
+        drawn = random_texts(tokenizer, [len(row) for row in rows], self.seed)
+        self.synthetic = [*row_batches(sorted((row[:length] for row in drawn), key=len), 16)]
         self.held_out = [*text_batches(texts[:keep], tokenizer, length, 16)]
 
     def _image(self, graph: Graph, data: Any) -> None:
@@ -180,6 +203,10 @@ class Data:
         self.calibration = [(x,) for x in data[keep:].split(16)]
         self.held_out = [(x,) for x in data[:keep].split(16)]
 
+    @property
+    def ridge(self) -> float:
+        return RIDGE_ENCODER if self.model.kind == "encoder" else RIDGE
+
     def valid(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
         """Rows of an encoder's batch that are not padding."""
         return inputs[1].bool() if self.model.kind == "encoder" else None
@@ -187,10 +214,10 @@ class Data:
 
 def _compress(
     model: Model, fused: Graph, data: Data, recipe: str, kv_cache: str, group_size: int | None,
-    keep_float: set[str], progress: Progress | None, work: str | Path | None,
+    keep_float: set[str], progress: Progress | None, work: str | Path | None, symmetric: bool,
 ) -> Plan:  # fmt: skip
     graph = fused.clone()
-    decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress, work)
+    decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress, work, symmetric)
     unknown = keep_float - {d.name for d in decisions}
     if unknown:
         names = ", ".join(sorted(d.name for d in decisions)[:8])
@@ -218,6 +245,7 @@ def _compress(
             "calibration_sha256": data.hash,
             "calibration_batches": len(data.calibration),
             "bytes_float32": fused.weight_bytes,
+            "first_damping": DAMPING[0],
             "warnings": warnings,
         },
         assets=model.assets,
@@ -230,7 +258,7 @@ def _compress(
 
 def _apply(
     graph: Graph, model: Model, data: Data, recipe: str, group_size: int | None, keep_float: set[str],
-    progress: Progress | None, work: str | Path | None,
+    progress: Progress | None, work: str | Path | None, symmetric: bool,
 ) -> list[Decision]:  # fmt: skip
     for name, weight in graph.weights.items():
         if weight.is_floating_point() and weight.isnan().any():
@@ -251,41 +279,60 @@ def _apply(
     else:
         decisions = []
     size = group_size or 32
-    if recipe != "int8" and size % 32:
-        raise ArgumentError(f"group_size must be a multiple of 32, got {size}")
     if recipe == "int4" and data.calibration:
-        return _int4(graph, data, size, keep_float, progress, work)
+        return _int4(graph, data, size, keep_float, progress, work, symmetric)
     layers = list(graph.calls(ops.linear.default))
     needs_data = recipe != "native" and layers and data.calibration
     few = data.calibration[:STATISTICS_WINDOWS] if model.kind == "decoder" else data.calibration
     statistics = collect(graph, layers, few, data.valid, progress) if needs_data else {}
     if recipe == "int8":
-        return decisions + quantize_int8(
-            graph, statistics, 64 if group_size is None else group_size, keep_float
+        encoder = model.kind == "encoder"
+        group = (32 if encoder else 64) if group_size is None else group_size
+        alphas = smooth(
+            graph, {n: s for n, s in statistics.items() if layer_name(Layer(n)) not in keep_float}, group
         )
+        # A decoder's int8 weights lose little by rounding to nearest, and its many tokens would take a minute.
+        rounded = {}
+        if encoder and data.calibration:
+            rounded = round_in_sequence(
+                graph, int8_targets(graph, group, keep_float), data.calibration + data.synthetic, data.valid,
+                progress, ridge=data.ridge,
+            )  # fmt: skip
+        return decisions + quantize_int8(graph, statistics, group, keep_float, alphas, rounded)
     bits = 8 if recipe == "int8-weight" else 4
     # A file's own weights are run as they are, with 16-bit activations: nothing is lost but rounding.
     activation_bits = INT4_ACTIVATION_BITS if recipe == "int4" else 16
     return quantize_grouped(
-        graph, statistics, bits, size, activation_bits, keep_float, native=recipe == "native"
+        graph,
+        statistics,
+        bits,
+        size,
+        activation_bits,
+        keep_float,
+        native=recipe == "native",
+        symmetric=symmetric,
     )
 
 
 def _int4(
     graph: Graph, data: Data, group_size: int, keep_float: set[str], progress: Progress | None,
-    work: str | Path | None,
+    work: str | Path | None, symmetric: bool,
 ) -> list[Decision]:  # fmt: skip
-    targets = int4_targets(graph, group_size, INT4_ACTIVATION_BITS, keep_float)
+    targets = int4_targets(graph, group_size, INT4_ACTIVATION_BITS, keep_float, symmetric)
     folder = None
     if work is not None:
         about = {
             "version": __version__, "weights": fingerprint(graph.weights), "data": data.hash,
             "seed": data.seed, "batches": len(data.calibration), "group_size": group_size,
-            "layers": [t.name for t in targets.values()],
+            "symmetric": symmetric, "layers": [t.name for t in targets.values()],
         }  # fmt: skip
         folder = WorkFolder(work, about)
-    rounded = round_in_sequence(graph, targets, data.calibration, data.valid, progress, folder)
-    decisions = quantize_grouped(graph, {}, 4, group_size, INT4_ACTIVATION_BITS, keep_float, rounded=rounded)
+    rounded = round_in_sequence(
+        graph, targets, data.calibration + data.synthetic, data.valid, progress, folder, ridge=data.ridge
+    )
+    decisions = quantize_grouped(
+        graph, {}, 4, group_size, INT4_ACTIVATION_BITS, keep_float, symmetric=symmetric, rounded=rounded
+    )
     if folder is not None:
         folder.remove()
     return decisions
