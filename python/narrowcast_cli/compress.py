@@ -29,6 +29,9 @@ def compress(
         ),
     ] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="int4 without zero points")] = False,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="turn a decoder's hidden states, where that loses less")
+    ] = False,
     device: Annotated[str, typer.Option(help="the device that the plan is measured on")] = "cpu",
     seed: Annotated[int, typer.Option(help="of whatever is drawn at random")] = 0,
     report: Annotated[
@@ -46,7 +49,7 @@ def compress(
     with output.progress(quiet=json) as progress:
         plan = narrowcast.compress(
             source, recipe=recipe, data=data, budget=budget, kv_cache=kv_cache, group_size=group_size,
-            symmetric=symmetric, device=device, seed=seed, progress=progress, work=out.with_name(f".{out.name}.work"),
+            symmetric=symmetric, rotate=rotate, device=device, seed=seed, progress=progress, work=out.with_name(f".{out.name}.work"),
         )  # fmt: skip
         plan.save(out)
     content = None if report is None else write_report(narrowcast.Plan.load(out), report)
