@@ -271,6 +271,10 @@ def _apply(
     for name, weight in graph.weights.items():
         if weight.is_floating_point() and weight.isnan().any():
             raise ArgumentError(f"weight {name} holds NaN: the model is damaged")
+    for node in graph.calls(ops.linear.default):  # masks and such may hold infinities
+        name = Layer(node)["weight"].target
+        if graph.weights[name].isinf().any():
+            raise ArgumentError(f"weight {name} holds infinities: the model is damaged")
     if recipe == "fp32":
         return []
     if recipe == "native" and not graph.native:
