@@ -20,18 +20,28 @@ from narrowcast.importers.model import Model, load_model
 from narrowcast.runtime.executor import Executor, resolve_device
 from narrowcast.runtime.verify import certify
 
-from . import hygiene, preflight
+from . import hygiene, preflight, rotation
 from . import metrics as measure
-from .calibrate import WINDOW, collect, decoder_inputs, text_batches, token_windows
+from .calibrate import WINDOW, collect, decoder_inputs, row_batches, text_batches, token_windows
 from .cnn import quantize_cnn
 from .cost import OBJECTIVES
 from .data import plain_tokenizer, read_texts, sentences
 from .default_text import PASSAGES
+from .gptq import DAMPING
 from .half_attention import narrow_attention
 from .kv_cache import quantize_kv_cache
 from .search import KINDS, Search
 from .sequential import round_in_sequence
-from .transformer import Decision, int4_targets, layer_name, quantize_grouped, quantize_int8
+from .synthetic import random_texts
+from .transformer import (
+    Decision,
+    int4_targets,
+    int8_targets,
+    layer_name,
+    quantize_grouped,
+    quantize_int8,
+    smooth,
+)
 from .work_folder import WorkFolder, fingerprint
 
 ops = torch.ops.narrowcast
@@ -58,6 +68,8 @@ def compress(
     objective: str = "bytes",
     kv_cache: str = "float",
     group_size: int | None = None,
+    symmetric: bool = False,
+    rotate: bool = False,
     keep_float: Sequence[str] = (),
     device: str = "cpu",
     seed: int = 0,
@@ -80,7 +92,12 @@ def compress(
     objective: what "auto" makes small: "bytes" of the plan, or "latency", measured with the kernels of this machine;
         then a layer that is not faster quantised stays in float.
     kv_cache: "float", or "int8" for a decoder's cache.
-    group_size: of weights along K for the grouped recipes (default 32); of activations for "int8" (default 64).
+    group_size: of weights along K for the grouped recipes (default 32); of activations for "int8" (default 64, for
+        encoders 32; 0 is one scale per token).
+        A layer whose inputs it does not divide has smaller groups, and says so.
+    symmetric: int4 without zero points: a tenth fewer bytes in groups of 32, and a larger error.
+    rotate: quantise a decoder a second time with its hidden states turned (see rotation.py), and keep that plan when
+        it loses less on held-out data. It helps wide groups and coarse activations.
     keep_float: names of layers that stay in float.
     work: a folder where "int4" keeps finished layers; a run that was cut short goes on from there and ends with
         the same plan, bit for bit. It is deleted when the plan is made.
@@ -98,6 +115,13 @@ def compress(
         raise ArgumentError("recipe auto needs a budget, such as 0.01")
     if objective not in OBJECTIVES:
         raise ArgumentError(f"objective must be {' or '.join(OBJECTIVES)}, got {objective!r}")
+    if symmetric and recipe != "int4":
+        raise ArgumentError(f"symmetric must be False for recipe {recipe}: only int4 has zero points")
+    if rotate and recipe == "auto":
+        raise ArgumentError(
+            "rotate must be False for recipe auto: name the recipe to be tried with and without"
+        )
+    _check_group_size(group_size)
     if resolve_device(device).type != "cpu":
         raise UnsupportedError("device must be cpu: plans are measured on the CPU, and run on any device")
     began = time.monotonic()
@@ -115,7 +139,17 @@ def compress(
         ).run()  # fmt: skip
     else:
         only = "fp32" if recipe == "auto" else recipe  # nothing says what another kind of model loses
-        plan = _compress(imported, fused, held, only, kv_cache, group_size, set(keep_float), progress, work)
+        turned = rotation.turned(imported.kind, fused, seed) if rotate else None
+        plan = _compress(
+            imported, fused, held, only, kv_cache, group_size, set(keep_float), progress, work, symmetric
+        )
+        if turned is not None and only not in ("fp32", "native"):
+            graph, names = turned
+            other = _compress(
+                imported, fused, held, only, kv_cache, group_size, {*keep_float, *names}, progress, work, symmetric,
+                graph,
+            )  # fmt: skip
+            plan = rotation.better(plan, other)
     plan.record |= {"seconds": round(time.monotonic() - began, 2), "passes": str(report)}
     if budget is not None and plan.certificate["loss"] is not None and plan.certificate["loss"] > budget:
         raise UnsupportedError(
@@ -143,8 +177,14 @@ def predict(
     """
     if recipe not in (*RECIPES, "auto"):
         raise ArgumentError(f"recipe must be one of {', '.join(RECIPES)} or auto, got {recipe!r}")
+    _check_group_size(group_size)
     imported, fused, held, _ = _prepare(model, recipe, data, seed, options)
     return preflight.predict(fused, imported.kind, recipe, held, group_size)
+
+
+def _check_group_size(size: int | None) -> None:
+    if size is not None and (size < 0 or size % 32):
+        raise ArgumentError(f"group_size must be a multiple of 32, got {size}")
 
 
 def _prepare(
@@ -153,7 +193,7 @@ def _prepare(
     imported = load_model(model, **options)
     fused, report = optimize(Graph.from_exported(imported.exported, imported.native))
     held = Data(imported, fused, data, seed, search=recipe == "auto")
-    _refuse_nan(fused)
+    _refuse_damaged(fused)
     return imported, fused, held, report
 
 
@@ -177,10 +217,11 @@ class Data:
     def __init__(self, model: Model, graph: Graph, data: Any, seed: int, search: bool = False):
         self.model, self.seed, self.search = model, seed, search
         self.selection: list[tuple[Tensor, ...]] = []
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(model.warnings)
         self.begin: int | None = None  #: the token that a decoder's texts begin with in use
         build = {"decoder": self._decoder, "encoder": self._encoder, "image": self._image}.get(model.kind)
         self.calibration: list[tuple[Tensor, ...]] = []
+        self.synthetic: list[tuple[Tensor, ...]] = []  #: rounded for as well, see synthetic.py
         self.held_out: list[tuple[Tensor, ...]] = []
         self.hash: str | None = None
         if build is not None:
@@ -217,9 +258,13 @@ class Data:
         keep = max(1, len(texts) // 5)
         length = min(int(self.model.config.get("max_position_embeddings", 512)), 256)
         first = 2 * keep if self.search else keep
-        parts = texts[first:] or texts, texts[keep:first], texts[:keep]
-        self.calibration, self.selection, self.held_out = (
-            text_batches(part, tokenizer, length, 16) for part in parts
+        # Texts of like length side by side: padding is computed, too.
+        rows = sorted((tokenizer.encode(t).ids[:length] for t in texts[first:] or texts), key=len)
+        self.calibration = [*row_batches(rows, 16)]
+        drawn = random_texts(tokenizer, [len(row) for row in rows], self.seed)
+        self.synthetic = [*row_batches(sorted((row[:length] for row in drawn), key=len), 16)]
+        self.selection, self.held_out = (
+            [*text_batches(part, tokenizer, length, 16)] for part in (texts[keep:first], texts[:keep])
         )
 
     def _image(self, graph: Graph, data: Any) -> None:
@@ -257,10 +302,11 @@ class Data:
 
 def _compress(
     model: Model, fused: Graph, data: Data, recipe: str, kv_cache: str, group_size: int | None,
-    keep_float: set[str], progress: Progress | None, work: str | Path | None,
+    keep_float: set[str], progress: Progress | None, work: str | Path | None, symmetric: bool,
+    turned: Graph | None = None,
 ) -> Plan:  # fmt: skip
-    graph = fused.clone()
-    decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress, work)
+    graph = (fused if turned is None else turned).clone()
+    decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress, work, symmetric)
     unknown = keep_float - {d.name for d in decisions}
     if unknown:
         names = ", ".join(sorted(d.name for d in decisions)[:8])
@@ -286,7 +332,7 @@ def _finish(
         if model.kind != "decoder":
             raise ArgumentError(f"kv_cache must be float for a model of kind {model.kind}")
         quantize_kv_cache(graph)
-    narrowed = narrow_attention(graph) if recipe in ("int8", "int4") else 0
+    narrowed = narrow_attention(graph) if recipe in ("int8", "int4", "auto") else 0
     graph.clean()
     graph.fx.lint()
     graph.native = {}
@@ -305,6 +351,7 @@ def _finish(
             "calibration_sha256": data.hash,
             "calibration_batches": len(data.calibration),
             "bytes_float32": fused.weight_bytes,
+            "first_damping": DAMPING[0],
             "warnings": warnings,
         },
         assets=model.assets,
@@ -313,15 +360,19 @@ def _finish(
     return plan
 
 
-def _refuse_nan(graph: Graph) -> None:
+def _refuse_damaged(graph: Graph) -> None:
     for name, weight in graph.weights.items():
         if weight.is_floating_point() and weight.isnan().any():
             raise ArgumentError(f"weight {name} holds NaN: the model is damaged")
+    for node in graph.calls(ops.linear.default):  # masks and such may hold infinities
+        name = Layer(node)["weight"].target
+        if graph.weights[name].isinf().any():
+            raise ArgumentError(f"weight {name} holds infinities: the model is damaged")
 
 
 def _apply(
     graph: Graph, model: Model, data: Data, recipe: str, group_size: int | None, keep_float: set[str],
-    progress: Progress | None, work: str | Path | None,
+    progress: Progress | None, work: str | Path | None, symmetric: bool,
 ) -> list[Decision]:  # fmt: skip
     if recipe == "fp32":
         return []
@@ -339,41 +390,60 @@ def _apply(
     else:
         decisions = []
     size = group_size or 32
-    if recipe != "int8" and size % 32:
-        raise ArgumentError(f"group_size must be a multiple of 32, got {size}")
     if recipe == "int4" and data.calibration:
-        return _int4(graph, data, size, keep_float, progress, work)
+        return _int4(graph, data, size, keep_float, progress, work, symmetric)
     layers = list(graph.calls(ops.linear.default))
     needs_data = recipe != "native" and layers and data.calibration
     few = data.calibration[:STATISTICS_WINDOWS] if model.kind == "decoder" else data.calibration
     statistics = collect(graph, layers, few, data.valid, progress) if needs_data else {}
     if recipe == "int8":
-        return decisions + quantize_int8(
-            graph, statistics, 64 if group_size is None else group_size, keep_float
+        encoder = model.kind == "encoder"
+        group = (32 if encoder else 64) if group_size is None else group_size
+        alphas = smooth(
+            graph, {n: s for n, s in statistics.items() if layer_name(Layer(n)) not in keep_float}, group
         )
+        # A decoder's int8 weights lose little by rounding to nearest, and its many tokens would take a minute.
+        rounded = {}
+        if encoder and data.calibration:
+            rounded = round_in_sequence(
+                graph, int8_targets(graph, group, keep_float), data.calibration + data.synthetic, data.valid,
+                progress,
+            )  # fmt: skip
+        return decisions + quantize_int8(graph, statistics, group, keep_float, alphas, rounded)
     bits = 8 if recipe == "int8-weight" else 4
     # A file's own weights are run as they are, with 16-bit activations: nothing is lost but rounding.
     activation_bits = INT4_ACTIVATION_BITS if recipe == "int4" else 16
     return quantize_grouped(
-        graph, statistics, bits, size, activation_bits, keep_float, native=recipe == "native"
+        graph,
+        statistics,
+        bits,
+        size,
+        activation_bits,
+        keep_float,
+        native=recipe == "native",
+        symmetric=symmetric,
     )
 
 
 def _int4(
     graph: Graph, data: Data, group_size: int, keep_float: set[str], progress: Progress | None,
-    work: str | Path | None,
+    work: str | Path | None, symmetric: bool,
 ) -> list[Decision]:  # fmt: skip
-    targets = int4_targets(graph, group_size, INT4_ACTIVATION_BITS, keep_float)
+    targets = int4_targets(graph, group_size, INT4_ACTIVATION_BITS, keep_float, symmetric)
     folder = None
     if work is not None:
         about = {
             "version": __version__, "weights": fingerprint(graph.weights), "data": data.hash,
             "seed": data.seed, "batches": len(data.calibration), "group_size": group_size,
-            "layers": [t.name for t in targets.values()],
+            "symmetric": symmetric, "layers": [t.name for t in targets.values()],
         }  # fmt: skip
         folder = WorkFolder(work, about)
-    rounded = round_in_sequence(graph, targets, data.calibration, data.valid, progress, folder)
-    decisions = quantize_grouped(graph, {}, 4, group_size, INT4_ACTIVATION_BITS, keep_float, rounded=rounded)
+    rounded = round_in_sequence(
+        graph, targets, data.calibration + data.synthetic, data.valid, progress, folder
+    )
+    decisions = quantize_grouped(
+        graph, {}, 4, group_size, INT4_ACTIVATION_BITS, keep_float, symmetric=symmetric, rounded=rounded
+    )
     if folder is not None:
         folder.remove()
     return decisions
