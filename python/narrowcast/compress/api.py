@@ -24,7 +24,7 @@ from . import hygiene
 from . import metrics as measure
 from .calibrate import WINDOW, collect, decoder_inputs, text_batches, token_windows
 from .cnn import quantize_cnn
-from .data import plain_tokenizer, read_texts, sentences
+from .data import fixed_batch, picture_batches, plain_tokenizer, read_texts, sentences
 from .default_text import PASSAGES
 from .kv_cache import quantize_kv_cache
 from .sequential import round_in_sequence
@@ -36,12 +36,13 @@ ops = torch.ops.narrowcast
 RECIPES = ("native", "fp32", "int8", "int8-weight", "int4")
 #: Tried in this order by recipe "auto", the smallest first; the first within the budget is taken.
 AUTO = {"decoder": ("int4", "int8", "int8-weight", "fp32"), "encoder": ("int4", "int8", "int8-weight", "fp32"),
-        "image": ("int8", "fp32"), "generic": ("fp32",)}  # fmt: skip
+        "image": ("int4", "int8", "fp32"), "generic": ("fp32",)}  # fmt: skip
 
 #: Windows of text for statistics of a layer's inputs, and for GPTQ, which needs more; windows held out.
 STATISTICS_WINDOWS, CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 8, 24, 3
 MEASURED_BATCHES = 20  #: held-out batches that are measured, and as many of calibration
 SENTENCES = 320  #: of a document, for an encoder
+PICTURES, CALIBRATED_TOGETHER = 16, 8  #: in a batch that is measured, and in one of calibration
 #: For int4 the weights lose more than int8 activations in groups do, and products of integers are much faster.
 INT4_ACTIVATION_BITS = 8
 Progress = Callable[[str, int, int], Any]
@@ -66,11 +67,11 @@ def compress(
 
     model: whatever :func:`narrowcast.importers.load_model` takes (options go there), or its result.
     recipe: "native" (the file's own codes), "fp32", "int8" (W8A8), "int8-weight" (int8 in groups,
-        16-bit activations), "int4" (int4 in groups of 32 by GPTQ, int8 activations), or "auto" (the smallest of these
-        within ``budget``).
+        16-bit activations), "int4" (int4 in groups of 32 by GPTQ, int8 activations; convolutions int4 per output
+        channel, the sensitive and the depthwise ones int8), or "auto" (the smallest of these within ``budget``).
     data: for language models and encoders a text, a list of texts or a path of a text file; for image models
         a tensor [N, 3, H, W] as the model takes it, or a folder of pictures. A fifth is held out and measured.
-        None: a few bundled passages for text; image models need data for "int8".
+        None: a few bundled passages for text; image models need data for "int8" and "int4".
     budget: the largest loss of the model's own metric on held-out data: relative perplexity increase, 1 - mean
         cosine, or 1 - top-class agreement. A result outside it raises, except for "auto".
     kv_cache: "float", or "int8" for a decoder's cache.
@@ -127,6 +128,9 @@ class Data:
         self.calibration: list[tuple[Tensor, ...]] = []
         self.held_out: list[tuple[Tensor, ...]] = []
         self.hash: str | None = None
+        self.measured = MEASURED_BATCHES  #: batches
+        self.sampled = 2  #: rows of the certificate's sample
+        self.about: dict[str, Any] = {}  #: what a recipe tried, for the record
         if build is not None:
             build(graph, data)
         elif data is not None:
@@ -176,9 +180,11 @@ class Data:
         self.hash = hashlib.sha256(data.contiguous().view(torch.uint8).numpy().data).hexdigest()
         order = torch.randperm(data.shape[0], generator=torch.Generator().manual_seed(self.seed))
         data = data[order]
-        keep = max(1, data.shape[0] // 5)
-        self.calibration = [(x,) for x in data[keep:].split(16)]
-        self.held_out = [(x,) for x in data[:keep].split(16)]
+        keep, fixed = max(1, data.shape[0] // 5), fixed_batch(graph)
+        self.calibration = picture_batches(data[keep:], fixed or CALIBRATED_TOGETHER, fixed)
+        self.held_out = picture_batches(data[:keep], fixed or PICTURES, fixed)
+        self.measured = -(-MEASURED_BATCHES * PICTURES // (fixed or PICTURES))
+        self.sampled = fixed or self.sampled
 
     def valid(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
         """Rows of an encoder's batch that are not padding."""
@@ -218,6 +224,7 @@ def _compress(
             "calibration_sha256": data.hash,
             "calibration_batches": len(data.calibration),
             "bytes_float32": fused.weight_bytes,
+            "convolutions": data.about,
             "warnings": warnings,
         },
         assets=model.assets,
@@ -242,24 +249,25 @@ def _apply(
             "recipe native needs a file with its own quantised weights (GGUF, GPTQ, AWQ, compressed-tensors, "
             "bitsandbytes int8, HQQ, torchao, ONNX); values of a table (NF4) have no kernel: use int4"
         )
-    if model.kind == "image" and recipe == "int8":
+    if model.kind == "image" and recipe in ("int8", "int4"):
         if not data.calibration:
             raise ArgumentError("data must be given: static activation ranges of a CNN need pictures")
-        decisions = quantize_cnn(graph, data.calibration, keep_float, progress)
+        decisions, data.about = quantize_cnn(graph, data.calibration, keep_float, progress, int(recipe[3:]))
     elif model.kind in ("image", "generic") and recipe not in ("int8", "native"):
-        raise UnsupportedError(f"recipe {recipe} is for language models and encoders; use int8 or fp32")
+        others = "int8, int4 or fp32" if model.kind == "image" else "int8 or fp32"
+        raise UnsupportedError(f"recipe {recipe} is for language models and encoders; use {others}")
     else:
         decisions = []
     size = group_size or 32
     if recipe != "int8" and size % 32:
         raise ArgumentError(f"group_size must be a multiple of 32, got {size}")
-    if recipe == "int4" and data.calibration:
+    if recipe == "int4" and model.kind != "image" and data.calibration:
         return _int4(graph, data, size, keep_float, progress, work)
     layers = list(graph.calls(ops.linear.default))
     needs_data = recipe != "native" and layers and data.calibration
     few = data.calibration[:STATISTICS_WINDOWS] if model.kind == "decoder" else data.calibration
     statistics = collect(graph, layers, few, data.valid, progress) if needs_data else {}
-    if recipe == "int8":
+    if recipe == "int8" or (recipe == "int4" and model.kind == "image"):
         return decisions + quantize_int8(
             graph, statistics, 64 if group_size is None else group_size, keep_float
         )
@@ -299,7 +307,7 @@ def _certify(plan: Plan, fused: Graph, data: Data) -> None:
     if not data.held_out:
         return
     exe = Executor(plan, device="cpu")
-    held_out = data.held_out[:MEASURED_BATCHES]
+    held_out = data.held_out[: data.measured]
     results, errors = measure.compare(plan.kind, fused, exe, held_out)
     samples: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
     if plan.kind == "decoder":
@@ -307,7 +315,7 @@ def _certify(plan: Plan, fused: Graph, data: Data) -> None:
         reference = fused.run(*(x.clone() for x in decoder_inputs(fused, ids)))[0]
         samples = [((ids,), (reference.reshape(1, ids.shape[1], -1)[:, -4:],))]
     else:
-        first = tuple(x[:2] for x in held_out[0])
+        first = tuple(x[: data.sampled] for x in held_out[0])
         samples = [(first, fused.run(*first))]
     # The same measure on as much of the data that calibration saw tells whether it was learnt by heart.
     few = data.calibration[: len(held_out)] if plan.recipe in hygiene.CALIBRATED else []

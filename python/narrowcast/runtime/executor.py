@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import ArgumentError, UnsupportedError
+from ..graph.int4_codes import resolved
 from ..graph.ir import Graph
 from . import explain as _explain
 from .encoding import Encoder
@@ -61,7 +62,7 @@ class Executor:
         self.assets: dict[str, bytes] = getattr(source, "assets", None) or {}
         #: Tokens asked for and tokens computed, padding included (decoders and encoders).
         self.waste = {"tokens": 0, "computed": 0}
-        self._shared = Shared(*_contents(source), self.device)
+        self._shared = Shared(*resolved(*_contents(source)), self.device)
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.RLock()
         self._inputs = [n for n in self._shared.nodes.nodes if n.op == "placeholder"]
@@ -78,6 +79,12 @@ class Executor:
         else:
             outputs = self._run(prepared)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows that the first input must have (files are often made for one); None: any number."""
+        shape = self._expected[0][1] if self._expected else ()
+        return shape[0] if shape and isinstance(shape[0], int) else None
 
     def _run(self, prepared: Sequence[Tensor]) -> list[Tensor]:
         with self._lock, threads(self.threads):
