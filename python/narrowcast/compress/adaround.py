@@ -22,7 +22,7 @@ from torch import Tensor
 from narrowcast.graph.passes.match import Layer
 
 from .gptq import Grid, round_weight
-from .sequential import ROWS_PER_INPUT, _made_up
+from .sequential import made_up
 
 #: Per output channel, with a scale of either sign in float32: 4 bits use all of -8..7.
 GRIDS = {8: Grid(-127, 127, False, half=False), 4: Grid(-8, 7, False, half=False)}
@@ -30,9 +30,15 @@ GRIDS = {8: Grid(-127, 127, False, half=False), 4: Grid(-8, 7, False, half=False
 ROWS, NUMBERS = 8192, 1 << 23
 #: Share of the rows that judges the roundings and takes no part in them.
 JUDGING = 1 / 6
+#: Added to the diagonal of second moments, relative to its mean. Much: pictures are few and alike, and without it
+#: errors are shifted to inputs that hardly vary in them. EfficientNet-Lite0 in 8 bits, on other photographs than
+#: those calibrated on: 0.01 agrees in 81 % of the crops, 1 in 96 %, nearest codes in 93 %.
+RIDGE = 1.0
+#: How far AdaRound begins at what GPTQ chose (1), rather than at the weight itself (0).
+TRUST = 0.5
 #: AdaRound: steps, rows per step, learning rate, weight of the term that drives a choice to up or down, the
 #: exponents it begins and ends with, and the share of the steps before it sets in.
-STEPS, BATCH, RATE, DRIVE, BETA, WARM_UP = 400, 512, 2e-2, 0.5, (20.0, 2.0), 0.2
+STEPS, BATCH, RATE, DRIVE, BETA, WARM_UP = 400, 512, 2e-2, 50.0, (20.0, 2.0), 0.2
 _STRETCH = (1.2, -0.1)  #: of the sigmoid, so that 0 and 1 are reached
 
 ACTIVATIONS = {
@@ -141,11 +147,10 @@ def round_conv(
     x_mean, aim_mean = seen.ours.mean(1, keepdim=True), seen.aim.mean(1, keepdim=True)
     x = seen.ours - x_mean
     covariance = x.transpose(1, 2) @ x / seen.count
-    better = w
-    if seen.count >= ROWS_PER_INPUT * w.shape[2]:
-        missing = (seen.aim - aim_mean - x @ w.transpose(1, 2)).transpose(1, 2) @ x / seen.count
-        better = w + torch.stack([_made_up(c, m) for c, m in zip(covariance, missing)])
-    scale, codes = _by_gptq(better, covariance, grid)
+    missing = (seen.aim - aim_mean - x @ w.transpose(1, 2)).transpose(1, 2) @ x / seen.count
+    better = w + torch.stack([made_up(c, m, RIDGE) for c, m in zip(covariance, missing)])
+    damped = covariance + RIDGE * torch.diag_embed(covariance.diagonal(dim1=1, dim2=2).mean(1, True).expand(-1, w.shape[2]))
+    scale, codes = _by_gptq(better, damped, grid)
     nearest = (better / scale[..., None]).round_().clamp_(grid.low, grid.high)
     found = {"nearest": (nearest, scale), "gptq": (codes, scale)}
     act = _activation(layer)
@@ -208,8 +213,7 @@ def _adaround(
     # Where GPTQ went further than a neighbour, the choice is between its code and the next one towards w.
     base = torch.minimum(torch.maximum(exact.floor(), start - 1), start).clamp(grid.low, grid.high - 1)
     share = (exact - base).clamp(0.02, 0.98)
-    # Half of the way to what GPTQ chose: its choice stands where the output does not say otherwise.
-    share = (share + (start - base)) / 2
+    share = share * (1 - TRUST) + (start - base) * TRUST
     v = torch.logit(((share - _STRETCH[1]) / _STRETCH[0]).clamp(0.01, 0.99)).requires_grad_()
     optimiser = torch.optim.Adam([v], lr=RATE)
     rows = x.shape[1]

@@ -57,10 +57,10 @@ def equalize(
     if not found:
         return {"pairs": 0, "kept": False}
     reference = float_outputs(graph, list(judged))
-    before = _plain_error(graph, batches, judged, reference)
+    before = _plain_error(graph, judged, reference)
     original = dict(graph.weights)
     _scale(graph, found, _largest(graph, batches, {first for first, _ in found}))
-    after = _plain_error(graph, batches, judged, reference)
+    after = _plain_error(graph, judged, reference)
     kept = after < before
     if not kept:
         graph.weights = original
@@ -108,9 +108,9 @@ def _scale(graph: Graph, found: list[tuple[fx.Node, fx.Node]], largest: dict[fx.
             return
 
 
-def _plain_error(graph: Graph, batches, judged, reference: tuple[Tensor, ...]) -> float:
+def _plain_error(graph: Graph, judged, reference: tuple[Tensor, ...]) -> float:
     """Output error of nearest codes and whole ranges."""
-    edges = observe_edges(graph, batches)
+    edges = observe_edges(graph, judged)
     ranges: Ranges = {node: edge.quantiser("min-max") for node, edge in edges.items()}
     weights = {}
     for node in graph.calls(ops.conv2d.default):

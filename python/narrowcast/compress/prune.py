@@ -23,7 +23,7 @@ from narrowcast.graph.passes.match import Layer, calls
 from .adaround import places, rows_wanted, unfold
 from .channels import Channels, Space
 from .ranges import output_error
-from .sequential import Batches, _made_up
+from .sequential import Batches, made_up
 from .simulation import float_outputs
 from .transformer import layer_name
 
@@ -337,7 +337,7 @@ def _refit(graph: Graph, node: fx.Node, whole: fx.Node, columns: Tensor, ours, t
     x_mean, target_mean = x.mean(0), target.mean(0)
     lost = target - target_mean - (x - x_mean) @ weight.t()
     x = x - x_mean
-    weight = weight + _made_up(x.t() @ x / x.shape[0], lost.t() @ x / x.shape[0])
+    weight = weight + made_up(x.t() @ x / x.shape[0], lost.t() @ x / x.shape[0])
     fitted = torch.zeros_like(old.float().flatten(1))
     fitted[:, columns] = weight
     graph.weights[layer["weight"].target] = fitted.reshape(old.shape).to(old.dtype)
