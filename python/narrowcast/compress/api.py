@@ -26,7 +26,9 @@ from .calibrate import WINDOW, collect, decoder_inputs, text_batches, token_wind
 from .cnn import quantize_cnn
 from .data import fixed_batch, picture_batches, plain_tokenizer, read_texts, sentences
 from .default_text import PASSAGES
+from .distill import distill as distill_graph
 from .kv_cache import quantize_kv_cache
+from .prune import prune_graph
 from .sequential import round_in_sequence
 from .transformer import Decision, int4_targets, layer_name, quantize_grouped, quantize_int8
 from .work_folder import WorkFolder, fingerprint
@@ -61,6 +63,8 @@ def compress(
     seed: int = 0,
     progress: Progress | None = None,
     work: str | Path | None = None,
+    prune: float | None = None,
+    distill: int = 0,
     **options: Any,
 ) -> Plan:
     """Compresses a model and measures what that cost.
@@ -79,6 +83,9 @@ def compress(
     keep_float: names of layers that stay in float.
     work: a folder where "int4" keeps finished layers; a run that was cut short goes on from there and ends with
         the same plan, bit for bit. It is deleted when the plan is made.
+    prune: share of the multiply-adds to remove first, by cutting whole channels of convolutions and columns of
+        feed-forward layers; needs data. The plan's record says what was cut.
+    distill: steps of distillation from the whole model after pruning (CNNs; 0: none).
 
     Raises ArgumentError for an unknown recipe or unusable data, UnsupportedError when a recipe does not apply
     to this kind of model.
@@ -89,6 +96,8 @@ def compress(
         raise ArgumentError(f"kv_cache must be float or int8, got {kv_cache!r}")
     if budget is not None and not 0 < budget < 1:
         raise ArgumentError(f"budget must lie between 0 and 1 (0.01 is one per cent), got {budget}")
+    if distill < 0 or (distill and prune is None):
+        raise ArgumentError(f"distill must be a number of steps that follow pruning, got {distill}; give prune too")
     if recipe == "auto" and budget is None:
         raise ArgumentError("recipe auto needs a budget, such as 0.01")
     if resolve_device(device).type != "cpu":
@@ -98,11 +107,12 @@ def compress(
     original = Graph.from_exported(imported.exported, imported.native)
     fused, report = optimize(original)
     held = Data(imported, fused, data, seed)
+    start = fused if prune is None else _pruned(fused, held, prune, distill, progress)
     attempts = AUTO[imported.kind] if recipe == "auto" else (recipe,)
     tried = []
     for attempt in attempts:
         plan = _compress(
-            imported, fused, held, attempt, kv_cache, group_size, set(keep_float), progress, work
+            imported, fused, start, held, attempt, kv_cache, group_size, set(keep_float), progress, work
         )
         loss = plan.certificate["loss"]
         tried.append({"recipe": attempt, "loss": loss})
@@ -128,6 +138,7 @@ class Data:
         self.calibration: list[tuple[Tensor, ...]] = []
         self.held_out: list[tuple[Tensor, ...]] = []
         self.hash: str | None = None
+        self.pruning: dict[str, Any] | None = None  #: what was cut
         self.measured = MEASURED_BATCHES  #: batches
         self.sampled = 2  #: rows of the certificate's sample
         self.about: dict[str, Any] = {}  #: what a recipe tried, for the record
@@ -191,11 +202,20 @@ class Data:
         return inputs[1].bool() if self.model.kind == "encoder" else None
 
 
+def _pruned(fused: Graph, data: Data, share: float, steps: int, progress: Progress | None) -> Graph:
+    graph = fused.clone()
+    data.pruning = prune_graph(graph, data.calibration, share, progress=progress)
+    if steps:
+        data.pruning["distillation"] = distill_graph(graph, fused, data.calibration, steps, progress)
+    graph.native = {}  # the file's own codes are those of all channels
+    return graph
+
+
 def _compress(
-    model: Model, fused: Graph, data: Data, recipe: str, kv_cache: str, group_size: int | None,
+    model: Model, fused: Graph, start: Graph, data: Data, recipe: str, kv_cache: str, group_size: int | None,
     keep_float: set[str], progress: Progress | None, work: str | Path | None,
 ) -> Plan:  # fmt: skip
-    graph = fused.clone()
+    graph = start.clone()
     decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress, work)
     unknown = keep_float - {d.name for d in decisions}
     if unknown:
@@ -225,6 +245,7 @@ def _compress(
             "calibration_batches": len(data.calibration),
             "bytes_float32": fused.weight_bytes,
             "convolutions": data.about,
+            "pruning": data.pruning,
             "warnings": warnings,
         },
         assets=model.assets,

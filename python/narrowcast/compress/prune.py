@@ -118,7 +118,7 @@ class Cost:
                 return
             per_output = args[1][0].numel()
             spaces = channels.of.get(Layer(node)["x"]), channels.of.get(node)
-            windows = [channels.of[u] for u in node.users if channels.of[u].slices]
+            windows = [channels.of[u] for u in node.users if u in channels.of and channels.of[u].slices]
             if windows:  # a merged layer: each window makes its own channels
                 for window in windows:
                     part = output.numel() // output.shape[-1] * window.size
@@ -154,6 +154,19 @@ def _choose(cuts: Sequence[Cut], cost: Cost, share: float) -> None:
         _, kept, cut = min(steps, key=lambda s: s[0])
         cut.kept = kept
         total = cost.total(cuts)
+    # Steps are coarse: what is gone beyond the share comes back where it helps most.
+    while True:
+        back = []
+        for cut in cuts:
+            for kept in (k for k in cut.errors if k > cut.kept):
+                was, cut.kept = cut.kept, kept
+                if cost.total(cuts) <= (1 - share) * before:
+                    back.append((cut.errors[was] - cut.errors[kept], kept, cut))
+                cut.kept = was
+        if not back:
+            return
+        _, kept, cut = max(back, key=lambda s: s[0])
+        cut.kept = kept
 
 
 # --- which channels go -----------------------------------------------------------------------------
