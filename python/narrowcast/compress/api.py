@@ -25,11 +25,13 @@ from . import metrics as measure
 from .calibrate import WINDOW, collect, decoder_inputs, row_batches, text_batches, token_windows
 from .cnn import quantize_cnn
 from .cost import OBJECTIVES
-from .data import plain_tokenizer, read_texts, sentences
+from .data import fixed_batch, picture_batches, plain_tokenizer, read_texts, sentences
 from .default_text import PASSAGES
+from .distill import distill as distill_graph
 from .gptq import DAMPING
 from .half_attention import narrow_attention
 from .kv_cache import quantize_kv_cache
+from .prune import prune_graph
 from .search import KINDS, Search
 from .sequential import round_in_sequence
 from .synthetic import random_texts
@@ -54,6 +56,7 @@ STATISTICS_WINDOWS, CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 8, 24, 3
 SEARCH_WINDOWS = 10
 MEASURED_BATCHES = 20  #: held-out batches that are measured, and as many of calibration
 SENTENCES, SEARCH_SENTENCES = 320, 480  #: of a document, for an encoder
+PICTURES, CALIBRATED_TOGETHER = 16, 8  #: in a batch that is measured, and in one of calibration
 #: For int4 the weights lose more than int8 activations in groups do, and products of integers are much faster.
 INT4_ACTIVATION_BITS = 8
 Progress = Callable[[str, int, int], Any]
@@ -75,18 +78,21 @@ def compress(
     seed: int = 0,
     progress: Progress | None = None,
     work: str | Path | None = None,
+    prune: float | None = None,
+    distill: int = 0,
     **options: Any,
 ) -> Plan:
     """Compresses a model and measures what that cost.
 
     model: whatever :func:`narrowcast.importers.load_model` takes (options go there), or its result.
     recipe: "native" (the file's own codes), "fp32", "int8" (W8A8), "int8-weight" (int8 in groups,
-        16-bit activations), "int4" (int4 in groups of 32 by GPTQ, int8 activations), or "auto" (a form for every
-        layer, the cheapest within ``budget``; see :mod:`narrowcast.compress.search`).
+        16-bit activations), "int4" (int4 in groups of 32 by GPTQ, int8 activations; convolutions int4 per output
+        channel, the sensitive and the depthwise ones int8), or "auto" (a form for every layer, the cheapest within
+        ``budget``; see :mod:`narrowcast.compress.search`).
     data: for language models and encoders a text, a list of texts or a path of a text file; for image models
         a tensor [N, 3, H, W] as the model takes it, or a folder of pictures. A fifth is held out and measured;
         "auto" chooses by a second fifth (of pictures: thirds).
-        None: a few bundled passages for text; image models need data for "int8".
+        None: a few bundled passages for text; image models need data for "int8" and "int4".
     budget: the largest loss of the model's own metric on held-out data: relative perplexity increase, 1 - mean
         cosine, or 1 - top-class agreement. A result outside it raises; "auto" goes back to float32 if it must.
     objective: what "auto" makes small: "bytes" of the plan, or "latency", measured with the kernels of this machine;
@@ -101,6 +107,9 @@ def compress(
     keep_float: names of layers that stay in float.
     work: a folder where "int4" keeps finished layers; a run that was cut short goes on from there and ends with
         the same plan, bit for bit. It is deleted when the plan is made.
+    prune: share of the multiply-adds to remove first, by cutting whole channels of convolutions and columns of
+        feed-forward layers; needs data. The plan's record says what was cut.
+    distill: steps of distillation from the whole model after pruning (CNNs; 0: none).
 
     Raises ArgumentError for an unknown recipe or unusable data, UnsupportedError when a recipe does not apply
     to this kind of model.
@@ -111,12 +120,18 @@ def compress(
         raise ArgumentError(f"kv_cache must be float or int8, got {kv_cache!r}")
     if budget is not None and not 0 < budget < 1:
         raise ArgumentError(f"budget must lie between 0 and 1 (0.01 is one per cent), got {budget}")
+    if distill < 0 or (distill and prune is None):
+        raise ArgumentError(
+            f"distill must be a number of steps that follow pruning, got {distill}; give prune too"
+        )
     if recipe == "auto" and budget is None:
         raise ArgumentError("recipe auto needs a budget, such as 0.01")
     if objective not in OBJECTIVES:
         raise ArgumentError(f"objective must be {' or '.join(OBJECTIVES)}, got {objective!r}")
     if symmetric and recipe != "int4":
         raise ArgumentError(f"symmetric must be False for recipe {recipe}: only int4 has zero points")
+    if prune is not None and recipe == "auto":
+        raise ArgumentError("prune must be None for recipe auto: prune with a recipe that is named")
     if rotate and recipe == "auto":
         raise ArgumentError(
             "rotate must be False for recipe auto: name the recipe to be tried with and without"
@@ -139,15 +154,26 @@ def compress(
         ).run()  # fmt: skip
     else:
         only = "fp32" if recipe == "auto" else recipe  # nothing says what another kind of model loses
-        turned = rotation.turned(imported.kind, fused, seed) if rotate else None
+        start = fused if prune is None else _pruned(fused, held, prune, distill, progress)
+        turned = rotation.turned(imported.kind, start, seed) if rotate else None
         plan = _compress(
-            imported, fused, held, only, kv_cache, group_size, set(keep_float), progress, work, symmetric
+            imported,
+            fused,
+            start,
+            held,
+            only,
+            kv_cache,
+            group_size,
+            set(keep_float),
+            progress,
+            work,
+            symmetric,
         )
         if turned is not None and only not in ("fp32", "native"):
             graph, names = turned
             other = _compress(
-                imported, fused, held, only, kv_cache, group_size, {*keep_float, *names}, progress, work, symmetric,
-                graph,
+                imported, fused, graph, held, only, kv_cache, group_size, {*keep_float, *names}, progress, work,
+                symmetric,
             )  # fmt: skip
             plan = rotation.better(plan, other)
     plan.record |= {"seconds": round(time.monotonic() - began, 2), "passes": str(report)}
@@ -224,6 +250,10 @@ class Data:
         self.synthetic: list[tuple[Tensor, ...]] = []  #: rounded for as well, see synthetic.py
         self.held_out: list[tuple[Tensor, ...]] = []
         self.hash: str | None = None
+        self.pruning: dict[str, Any] | None = None  #: what was cut
+        self.measured = MEASURED_BATCHES  #: batches
+        self.sampled = 2  #: rows of the certificate's sample
+        self.about: dict[str, Any] = {}  #: what a recipe tried, for the record
         if build is not None:
             build(graph, data)
         elif data is not None:
@@ -263,9 +293,8 @@ class Data:
         self.calibration = [*row_batches(rows, 16)]
         drawn = random_texts(tokenizer, [len(row) for row in rows], self.seed)
         self.synthetic = [*row_batches(sorted((row[:length] for row in drawn), key=len), 16)]
-        self.selection, self.held_out = (
-            [*text_batches(part, tokenizer, length, 16)] for part in (texts[keep:first], texts[:keep])
-        )
+        self.selection = [*text_batches(texts[keep:first], tokenizer, length, 16)]
+        self.held_out = [*text_batches(texts[:keep], tokenizer, length, 16)]
 
     def _image(self, graph: Graph, data: Any) -> None:
         if data is None:
@@ -281,10 +310,14 @@ class Data:
         self.hash = hashlib.sha256(data.contiguous().view(torch.uint8).numpy().data).hexdigest()
         data = data[torch.tensor(self._order(data.shape[0]))]
         # Ranges need few pictures, and an agreement near 1 needs many.
-        keep = max(1, data.shape[0] // (3 if self.search else 5))
+        keep, fixed = max(1, data.shape[0] // (3 if self.search else 5)), fixed_batch(graph)
         first = 2 * keep if self.search else keep
-        parts = data[first:] if first < data.shape[0] else data, data[keep:first], data[:keep]
-        self.calibration, self.selection, self.held_out = ([(x,) for x in p.split(16)] for p in parts)
+        calibration = data[first:] if first < data.shape[0] else data
+        self.calibration = picture_batches(calibration, fixed or CALIBRATED_TOGETHER, fixed)
+        self.selection = picture_batches(data[keep:first], fixed or PICTURES, fixed)
+        self.held_out = picture_batches(data[:keep], fixed or PICTURES, fixed)
+        self.measured = -(-MEASURED_BATCHES * PICTURES // (fixed or PICTURES))
+        self.sampled = fixed or self.sampled
 
     def _order(self, count: int) -> list[int]:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
@@ -300,12 +333,20 @@ class Data:
         return inputs[1].bool() if self.model.kind == "encoder" else None
 
 
+def _pruned(fused: Graph, data: Data, share: float, steps: int, progress: Progress | None) -> Graph:
+    graph = fused.clone()
+    data.pruning = prune_graph(graph, data.calibration, share, progress=progress)
+    if steps:
+        data.pruning["distillation"] = distill_graph(graph, fused, data.calibration, steps, progress)
+    graph.native = {}  # the file's own codes are those of all channels
+    return graph
+
+
 def _compress(
-    model: Model, fused: Graph, data: Data, recipe: str, kv_cache: str, group_size: int | None,
+    model: Model, fused: Graph, start: Graph, data: Data, recipe: str, kv_cache: str, group_size: int | None,
     keep_float: set[str], progress: Progress | None, work: str | Path | None, symmetric: bool,
-    turned: Graph | None = None,
 ) -> Plan:  # fmt: skip
-    graph = (fused if turned is None else turned).clone()
+    graph = start.clone()
     decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress, work, symmetric)
     unknown = keep_float - {d.name for d in decisions}
     if unknown:
@@ -352,6 +393,8 @@ def _finish(
             "calibration_batches": len(data.calibration),
             "bytes_float32": fused.weight_bytes,
             "first_damping": DAMPING[0],
+            "convolutions": data.about,
+            "pruning": data.pruning,
             "warnings": warnings,
         },
         assets=model.assets,
@@ -381,24 +424,25 @@ def _apply(
             "recipe native needs a file with its own quantised weights (GGUF, GPTQ, AWQ, compressed-tensors, "
             "bitsandbytes int8, HQQ, torchao, ONNX); values of a table (NF4) have no kernel: use int4"
         )
-    if model.kind == "image" and recipe == "int8":
+    if model.kind == "image" and recipe in ("int8", "int4"):
         if not data.calibration:
             raise ArgumentError("data must be given: static activation ranges of a CNN need pictures")
-        decisions = quantize_cnn(graph, data.calibration, keep_float, progress)
+        decisions, data.about = quantize_cnn(graph, data.calibration, keep_float, progress, int(recipe[3:]))
     elif model.kind in ("image", "generic") and recipe not in ("int8", "native"):
-        raise UnsupportedError(f"recipe {recipe} is for language models and encoders; use int8 or fp32")
+        others = "int8, int4 or fp32" if model.kind == "image" else "int8 or fp32"
+        raise UnsupportedError(f"recipe {recipe} is for language models and encoders; use {others}")
     else:
         decisions = []
     size = group_size or 32
-    if recipe == "int4" and data.calibration:
+    if recipe == "int4" and model.kind != "image" and data.calibration:
         return _int4(graph, data, size, keep_float, progress, work, symmetric)
     layers = list(graph.calls(ops.linear.default))
     needs_data = recipe != "native" and layers and data.calibration
     few = data.calibration[:STATISTICS_WINDOWS] if model.kind == "decoder" else data.calibration
     statistics = collect(graph, layers, few, data.valid, progress) if needs_data else {}
-    if recipe == "int8":
+    if recipe == "int8" or (recipe == "int4" and model.kind == "image"):
         encoder = model.kind == "encoder"
-        group = (32 if encoder else 64) if group_size is None else group_size
+        group = (32 if encoder else 64) if group_size is None or recipe == "int4" else group_size
         alphas = smooth(
             graph, {n: s for n, s in statistics.items() if layer_name(Layer(n)) not in keep_float}, group
         )
@@ -457,7 +501,7 @@ def _certify(plan: Plan, fused: Graph, data: Data) -> None:
     if not data.held_out:
         return
     exe = Executor(plan, device="cpu")
-    held_out = data.held_out if plan.recipe == "auto" else data.held_out[:MEASURED_BATCHES]
+    held_out = data.held_out if plan.recipe == "auto" else data.held_out[: data.measured]
     results, errors = measure.compare(plan.kind, fused, exe, held_out)
     samples: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
     if plan.kind == "decoder":
@@ -465,7 +509,7 @@ def _certify(plan: Plan, fused: Graph, data: Data) -> None:
         reference = fused.run(*(x.clone() for x in decoder_inputs(fused, ids)))[0]
         samples = [((ids,), (reference.reshape(1, ids.shape[1], -1)[:, -4:],))]
     else:
-        first = tuple(x[:2] for x in held_out[0])
+        first = tuple(x[: data.sampled] for x in held_out[0])
         samples = [(first, fused.run(*first))]
     # The same measure on as much of the data that calibration saw tells whether it was learnt by heart.
     most = HELD_OUT_WINDOWS if plan.kind == "decoder" else min(len(held_out), MEASURED_BATCHES)

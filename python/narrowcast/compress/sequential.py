@@ -164,7 +164,7 @@ def _round(
         hessian /= rows
     if usable and rows >= ROWS_PER_INPUT * k:
         missing /= rows
-        weight = weight + _made_up(hessian, missing if residual is not None else weight @ missing)
+        weight = weight + made_up(hessian, missing if residual is not None else weight @ missing)
     result = round_weight(weight, hessian if usable else None, target.grid, target.group_size)
     if left_out:
         result.notes.append(f"{left_out} of its input rows were not finite and were left out")
@@ -178,10 +178,10 @@ def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _made_up(hessian: Tensor, missing: Tensor) -> Tensor:
-    """The change of a weight [N, K] that brings its outputs closest to their aim: missing (H + ridge)^-1."""
+def made_up(hessian: Tensor, missing: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The change of a weight [N, K] that brings its outputs closest to their aim: missing (H + ridge * mean)^-1."""
     damped = hessian.double()
-    damped.diagonal().add_(RIDGE * damped.diagonal().mean())
+    damped.diagonal().add_(ridge * damped.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         return torch.zeros_like(missing)

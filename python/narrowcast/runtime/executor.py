@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from .. import dispatch
 from ..errors import ArgumentError, UnsupportedError
+from ..graph.int4_codes import resolved
 from ..graph.ir import Graph
 from ..graph.plan import Plan
 from . import explain as _explain
@@ -60,7 +61,7 @@ class Executor:
     ):
         if threads is not None and threads < 1:
             raise ArgumentError(f"threads must be at least 1, got {threads}")
-        nodes, weights = _contents(source)
+        nodes, weights = resolved(*_contents(source))
         self.device = resolve_device(device)
         if device == "auto" and self.device.type == "cuda" and not is_served(nodes, self.device):
             self.device = torch.device("cpu")
@@ -96,6 +97,12 @@ class Executor:
         else:
             outputs = self._run(prepared)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows that the first input must have (files are often made for one); None: any number."""
+        shape = self._expected[0][1] if self._expected else ()
+        return shape[0] if shape and isinstance(shape[0], int) else None
 
     def _run(self, prepared: Sequence[Tensor]) -> list[Tensor]:
         with self._lock, threads(self.threads):
