@@ -6,7 +6,8 @@ All contenders of a case take turns on the same random inputs; sets of them rota
 calls run from a CUDA graph where they can be captured, times are medians of device events. Every result is compared
 with float64 first: a wrong one gets no time. The floor of a row is the bytes over the copy bandwidth, or the operations
 over the rate of torch's own large products, both measured in this run. --budget: no case begins after so many seconds;
-rooms share them, and what one leaves goes to the next.
+rooms share them, and what one leaves goes to the next. The room "plans" (gpu_plans.py) times whole models beside torch,
+and takes part where it is named.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ import torch
 from torch import Tensor
 
 import gpu_peers
+import gpu_plans
 from gpu_cases import CASES, Case, Inputs
 from gpu_harness import Draw, Floors, Loop, measure_floors, sets_for, timed
 from harness import row
 from narrowcast import dispatch
 from narrowcast.files import atomic_path
 
+#: Room -> its cases.
+ROOMS = {**CASES, gpu_plans.ROOM: gpu_plans.cases}
 PEER_LIMIT = 0.25  # peers round weights in ways of their own; more than this is another function
 ROUNDS = 11
 
@@ -167,7 +171,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "rooms", nargs="*", metavar="ROOM", help=f"some of {', '.join(CASES)}; all by default"
+        "rooms", nargs="*", metavar="ROOM", help=f"some of {', '.join(ROOMS)}; by default all but the last"
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the time per case")
     parser.add_argument("--seconds", type=float, default=0.4, help="timing per case")
@@ -176,8 +180,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--list", action="store_true", help="the cases, and time nothing")
     options = parser.parse_args(argv)
-    if unknown := [room for room in options.rooms if room not in CASES]:
-        parser.error(f"ROOM must be one of {', '.join(CASES)}, got {unknown[0]}")
+    if unknown := [room for room in options.rooms if room not in ROOMS]:
+        parser.error(f"ROOM must be one of {', '.join(ROOMS)}, got {unknown[0]}")
     options.rooms = options.rooms or list(CASES)
     options.seconds *= 0.25 if options.quick else 1.0
     return options
@@ -188,13 +192,14 @@ def run_all(options: argparse.Namespace, here: Device) -> list[dict[str, Any]]:
     begin, rows = time.monotonic(), [device_row(here, options.seed)]
     for position, room in enumerate(options.rooms, 1):
         end = begin + options.budget * position / len(options.rooms)
-        for case in CASES[room]():
+        for case in ROOMS[room]():
             if time.monotonic() > end:
                 print(f"{case.room:16s} {case.name:44s} not timed: the budget is spent", flush=True)
                 rows.append({"room": case.room, "case": case.name, "state": "not timed"})
                 continue
             try:
-                rows += rows_of(case, here, options.seed, options.seconds)
+                of = gpu_plans.rows_of if room == gpu_plans.ROOM else rows_of
+                rows += of(case, here, options.seed, options.seconds)
             except RuntimeError as error:  # out of memory, or a broken context: named, and the rest tried
                 rows.append(failure(case, first_line(error)))
             if here.device.type == "cuda":
@@ -211,7 +216,7 @@ def main() -> int:
     options = arguments()
     if options.list:
         for room in options.rooms:
-            for case in CASES[room]():
+            for case in ROOMS[room]():
                 print(f"{room:16s} {case.op:20s} {case.name}")
         return 0
     if not torch.cuda.is_available():
@@ -228,7 +233,7 @@ def main() -> int:
     if options.json:
         write(rows, options.json)
     failed = sum(r.get("state") == "failed" for r in rows)
-    left = sum(r.get("state") == "not timed" for r in rows)
+    left = sum(r.get("state") in ("not timed", "absent") for r in rows)
     print(f"{len(rows) - 1 - failed - left} rows, {failed} failed, {left} not timed, on {here.name}")
     return 1 if failed else 0
 

@@ -41,7 +41,8 @@ def measure(
 ) -> dict[str, Timing]:  # fmt: skip
     """Times each callable in `rounds` turns, one after the other, so that all meet the same machine.
 
-    A turn repeats a call until it is long enough for the clock; `seconds` is the length of it all.
+    A turn repeats a call until it is long enough for the clock; `seconds` is the length of it all. The first call
+    of a turn is not timed: it finds caches and threads as the engine before left them.
     """
     repeats = {}
     for name, call in calls.items():
@@ -55,6 +56,7 @@ def measure(
         names = list(calls)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call, count = calls[name], repeats[name]
+            call()
             start = clock()
             for _ in range(count):
                 call()

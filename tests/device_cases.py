@@ -6,6 +6,7 @@ tensors are then copied with their strides and their distance from 16-byte bound
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from fuzz.memory import Memory
 from fuzz.spec import Arguments, Op, mismatch
 from narrowcast import _register_cuda, dispatch
 
-__all__ = ["OPS", "backends", "cases", "first_case", "run", "to_device", "wrong"]
+__all__ = ["OPS", "backends", "cases", "first_case", "refused_case", "run", "to_device", "wrong"]
 
 
 def backends(op: str) -> list[str]:
@@ -26,21 +27,34 @@ def backends(op: str) -> list[str]:
     return [name for name, lacking in dispatch.available(op).items() if not lacking]
 
 
-def cases(op: Op, count: int, seed: int) -> Iterator[Arguments]:
-    """Legal arguments, on the CPU; they live until the next is asked for."""
-    memory, number = Memory(), 0
-    while count:
+def legal_cases(op: Op, seed: int) -> Iterator[Arguments]:
+    """Arguments that the contract allows, on the CPU; they live until the next is asked for."""
+    memory = Memory()
+    for number in itertools.count():
         memory.reset()
         arguments = op.draw(Draw(f"{op.name}.{op.overload}:device:{seed}:{number}", memory))
-        number += 1
         if not op.faults(arguments):
-            count -= 1
             yield arguments
 
 
-def first_case(op: Op, seed: int) -> Arguments:
-    """A legal case with finite values and results to compare."""
-    for arguments in cases(op, 200, seed):
+def takes(op: Op, arguments: Arguments, backend: str | None) -> bool:
+    """Whether a call is within what the backend declares."""
+    return backend not in dict(dispatch.refusals(op.name, dispatch.bind(op.name, (), arguments)))
+
+
+def cases(op: Op, count: int, seed: int, backend: str | None = None) -> Iterator[Arguments]:
+    """Legal arguments that the backend takes, on the CPU; they live until the next is asked for."""
+    return itertools.islice((a for a in legal_cases(op, seed) if takes(op, a, backend)), count)
+
+
+def refused_case(op: Op, seed: int, backend: str) -> Arguments:
+    """A legal case beyond the backend's limits."""
+    return next(a for a in itertools.islice(legal_cases(op, seed), 200) if not takes(op, a, backend))
+
+
+def first_case(op: Op, seed: int, backend: str | None = None) -> Arguments:
+    """A legal case with finite values and results to compare, which the backend takes."""
+    for arguments in cases(op, 200, seed, backend):
         tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
         if all(t.numel() > 0 and bool(t.isfinite().all()) for t in tensors):
             return {n: v.clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import bench_gpu  # noqa: E402
 import gpu_cases  # noqa: E402
 import gpu_harness  # noqa: E402
+import gpu_plans  # noqa: E402
 from conv_layers import Layer  # noqa: E402
 from test_gpu_tools import gpu  # noqa: E402
 
@@ -157,7 +158,7 @@ def test_operands_are_random_and_repeatable(seed):
 
 @without_grad
 def test_the_budget_ends_a_run_and_names_what_is_left(monkeypatch, tmp_path, seed):
-    monkeypatch.setitem(gpu_cases.CASES, "linear", lambda: [gpu_cases.linear(m, 24, 32) for m in (1, 2)])
+    monkeypatch.setitem(bench_gpu.ROOMS, "linear", lambda: [gpu_cases.linear(m, 24, 32) for m in (1, 2)])
     options = bench_gpu.arguments(["linear", "--budget", "-1", "--seed", str(seed)])
     rows = bench_gpu.run_all(options, HERE)
     assert [r.get("state") for r in rows] == [None, "not timed", "not timed"]
@@ -176,6 +177,58 @@ def test_an_unknown_room_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench_gpu.arguments(["liner"])
     assert "ROOM must be one of linear, " in capsys.readouterr().err
+
+
+DECODER = dataclasses.replace(
+    gpu_plans.SMOLLM2, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocab=256, tied=False
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "int4"])
+@without_grad
+def test_a_plan_is_timed_beside_torch(recipe, seed):
+    (row,) = gpu_plans.rows_of(gpu_plans.decode(recipe, DECODER), HERE, seed, 0.005)
+    row = json.loads(json.dumps(row, allow_nan=False))
+    assert (
+        row["room"] == "plans"
+        and "random weights" in row["case"]
+        and row["weights"] == f"random, seed {seed}"
+    )
+    assert row["ours"] > 0 and list(row["peers"]) == ["torch eager bf16"] and row["floor"] > 0
+    assert row["accuracy"] == {"relative error to the CPU": 0.0} and row["launches"] is None
+
+
+@without_grad
+def test_the_decoder_in_torch_is_the_decoder_of_the_plan(seed):
+    module = gpu_plans.random_decoder(DECODER, seed, torch.float32)
+    executor = gpu_plans.on_cpu(gpu_plans.decoder_plan(module, "fp32"))
+    steps, ids = gpu_plans.TorchSteps(module, torch.device("cpu"), 64), []
+    for _ in range(9):
+        ids.append(int(steps.ids))
+        steps.launch()
+    wanted = executor.logits(torch.tensor([ids]))[0, -1]
+    torch.testing.assert_close(steps.logits[0, 0], wanted, atol=1e-4, rtol=1e-4)
+    assert int(steps.ids) == int(wanted.argmax()) and int(steps.position) == 9
+
+
+@without_grad
+def test_a_plan_that_is_wrong_or_absent_gets_no_time(seed):
+    case = gpu_plans.decode("bf16", DECODER)
+    (row,) = gpu_plans.rows_of(dataclasses.replace(case, limit=-1.0), HERE, seed, 0.005)
+    assert row["state"] == "failed" and row["reason"].startswith("wrong: relative error 0 to the CPU")
+    (row,) = gpu_plans.rows_of(dataclasses.replace(case, packages=("no_such_model",)), HERE, seed, 0.005)
+    assert row["state"] == "absent" and row["reason"] == "not installed: no_such_model"
+
+
+@without_grad
+def test_plans_are_a_room_of_the_bench_and_a_stage(monkeypatch, seed):
+    assert len({case.name for case in gpu_plans.cases()}) == len(gpu_plans.cases())
+    monkeypatch.setitem(bench_gpu.ROOMS, "plans", lambda: [gpu_plans.decode("bf16", DECODER)])
+    options = bench_gpu.arguments(["plans", "--seconds", "0.005", "--seed", str(seed)])
+    assert [r["room"] for r in bench_gpu.run_all(options, HERE)] == ["device", "plans"]
+    assert "plans" not in bench_gpu.arguments([]).rooms
+    (part,) = gpu.parts_of("plans")
+    assert part.command[2:4] == ["plans", "--budget"] and part.seconds <= gpu.STAGE_SECONDS
 
 
 def test_stages_of_the_bench_fit_their_time():

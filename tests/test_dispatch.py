@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import device_cases
 import narrowcast as nc
 from narrowcast import _register_cuda, dispatch
 from narrowcast.kernels.common import tuning
@@ -157,7 +158,7 @@ def test_forced_backend_that_is_missing():
         nc.backend("cuda"),
         pytest.raises(RuntimeError, match=r"kv_append: backend must be one of .*, got cuda"),
     ):
-        dispatch.serving("kv_append", [torch.ones(1)])
+        dispatch.serving("kv_append", {"k_cache": torch.ones(1)})
     assert dispatch._forced.get() is None or dispatch._environment
 
 
@@ -168,6 +169,117 @@ def test_explain():
         assert "reference (asked for)" in nc.explain("rope", [[1, 2, 3, 4]], "sm_80")
     for op in dispatch.ROOM_OF:
         assert op in nc.explain(op, [[2, 3, 4, 8]], "sm_80") and op in nc.explain(op)
+
+
+# Limits
+
+
+@pytest.fixture
+def on_sm_90(monkeypatch, proofs, both):
+    """As if tensors lay on a GPU whose backends are all proven and which nothing was measured on."""
+    proofs(*((op, b, "sm_90") for op in dispatch.ROOM_OF for b in ("cuda", "triton")))
+    monkeypatch.setattr(dispatch, "_arch", lambda device: "sm_90")
+    measured = {}
+    monkeypatch.setattr(tuning, "table", lambda index: measured)
+    return measured
+
+
+def call(op, *arguments, **options):
+    return dispatch.bind(op, arguments, options)
+
+
+def heads(dtype, size=64):
+    return [torch.empty(1, 4, 32, size, dtype=dtype, device="meta") for _ in range(3)]
+
+
+def test_limits_name_arguments_of_their_ops():
+    declared = 0
+    for op in dispatch.ROOM_OF:
+        names = {a.name for a in getattr(ops, op).default._schema.arguments}
+        for backend, limits in dispatch.limits(op).items():
+            assert backend in ("cuda", "triton") and limits
+            assert {limit.argument for limit in limits} <= names, op
+            declared += len(limits)
+    assert declared
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_lse", "attention_int8"])
+def test_a_call_beyond_a_backend_goes_to_the_next(op, on_sm_90):
+    for dtype, many, few in (("float16", "triton", "cuda"), ("float32", "triton", "triton")):
+        q, k, v = heads(getattr(torch, dtype))
+        assert dispatch.serving(op, call(op, q, k, v)).backend == many
+        choice = dispatch.serving(op, call(op, q[:, :, :1], k, v))
+        assert choice.backend == few
+        refused = "cuda: q must be float16 or bfloat16, got float32" in choice.reason
+        assert refused == (dtype == "float32")
+    choice = dispatch.serving(op, call(op, *heads(torch.float16, 512)))
+    assert (
+        choice.backend == "reference"
+        and "triton: q must be at most 256 in its last size, got 512" in choice.reason
+    )
+
+
+def test_limits_of_other_rooms(on_sm_90):
+    q, cache, other, codes = (
+        torch.empty(1, 2, 8, 64, dtype=t) for t in (torch.float16, torch.float16, torch.bfloat16, torch.int8)
+    )
+    lengths = torch.ones(1, dtype=torch.int32)
+    for k, backend in ((cache, "cuda"), (codes, "cuda"), (other, "triton"), (cache.float(), "triton")):
+        given = call("attention_decode", q[:, :, :1], k, k, lengths)
+        assert dispatch.serving("attention_decode", given).backend == backend
+    grouped = torch.empty(1, 64), torch.empty(8, 32, dtype=torch.uint8), torch.empty(8, 2), None, 32, 4
+    for bits, backend in ((16, "cuda"), (8, "triton"), (32, "reference")):
+        choice = dispatch.serving("linear_grouped", call("linear_grouped", *grouped, activation_bits=bits))
+        assert choice.backend == backend, choice
+    refused = r"linear_grouped: backend must be one of .*, got cuda: activation_bits must be 16, got 8"
+    with nc.backend("cuda"), pytest.raises(RuntimeError, match=refused):
+        dispatch.serving("linear_grouped", call("linear_grouped", *grouped, activation_bits=8))
+
+
+def test_a_measured_backend_is_used_where_it_takes_the_call(on_sm_90):
+    q, k, v = heads(torch.float32)
+    for dtype in ("float32", "float16"):
+        on_sm_90[dispatch._key("attention", "many", [getattr(torch, dtype)] * 3)] = "cuda"
+    assert dispatch.serving("attention", call("attention", q, k, v)).backend == "triton"
+    half = dispatch.serving("attention", call("attention", q.half(), k.half(), v.half()))
+    assert half.backend == "cuda" and "when measured" in half.reason
+
+
+def test_what_was_measured_of_changed_kernels_does_not_count(monkeypatch):
+    before = dispatch._key("rms_norm", "few", [torch.float32])
+    monkeypatch.setattr(dispatch, "source_hash", lambda op, backend: "of other bytes")
+    dispatch._kernels.cache_clear()
+    assert dispatch._key("rms_norm", "few", [torch.float32]) != before
+    dispatch._kernels.cache_clear()
+
+
+def test_wider_limits_void_a_proof(monkeypatch):
+    before = dispatch.source_hash("attention", "cuda"), dispatch.source_hash("attention", "triton")
+    declared = {**dispatch.limits("attention"), "cuda": ()}
+    monkeypatch.setattr(dispatch, "limits", lambda op: declared)
+    after = dispatch.source_hash("attention", "cuda"), dispatch.source_hash("attention", "triton")
+    assert before[0] != after[0] and before[1] == after[1]
+
+
+def test_explain_tells_limits(on_sm_90):
+    shapes = [[1, 4, 1, 64]] * 3
+    text = nc.explain("attention", shapes, "sm_90")
+    assert "few rows: cuda (" in text and "cuda: can run; q must be float16 or bfloat16; " in text
+    text = nc.explain("attention", shapes, "sm_90", dtypes=[torch.float32] * 3)
+    assert "few rows: triton (" in text and "\n  cuda: q must be float16 or bfloat16, got float32" in text
+    text = nc.explain("linear_grouped", [[1, 64]], "sm_90", dtypes=["float16"], activation_bits=8)
+    assert "few rows: triton (" in text and "cuda: activation_bits must be 16, got 8" in text
+    with pytest.raises(nc.ArgumentError, match="linear_grouped must be explained by arguments of its own"):
+        nc.explain("linear_grouped", [[1, 64]], "sm_90", bit=8)
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_decode.out", "linear_grouped"])
+def test_cases_are_drawn_within_the_limits(op, seed):
+    spec = device_cases.OPS[op]
+    drawn = list(device_cases.cases(spec, 12, seed, "cuda"))
+    assert len(drawn) == 12 and all(device_cases.takes(spec, a, "cuda") for a in drawn)
+    assert not device_cases.takes(spec, device_cases.refused_case(spec, seed, "cuda"), "cuda")
+    assert device_cases.takes(spec, device_cases.first_case(spec, seed, "cuda"), "cuda")
 
 
 def test_shape_classes():

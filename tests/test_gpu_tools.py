@@ -119,6 +119,6 @@ def test_a_proof_counts_for_the_sources_that_passed(tmp_path, monkeypatch):
     verified.take_over(results)
     assert [p["op"] for p in json.loads(proofs.read_text())] == ["rms_norm"]
     passed = verified.state("rms_norm", "cuda", json.loads(proofs.read_text()))
-    assert passed.endswith("passed on GPU (sm_90, seed 7)")
+    assert passed.endswith(f"passed on GPU (sm_90, u, sources {row['sources'][:8]}, seed 7)")
     changed = [{**p, "sources": "of other bytes"} for p in json.loads(proofs.read_text())]
     assert verified.state("rms_norm", "cuda", changed).endswith("not run on a GPU")

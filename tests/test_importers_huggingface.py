@@ -135,6 +135,24 @@ def test_decoder_folder(tmp_path):
     assert imported.config["eos_token"] == "</s>" and len(imported.source["sha256"]) == 64
 
 
+def test_every_shard_is_in_the_hash_of_the_source(tmp_path):
+    """A change in any shard changes the sum; a stray file that no index names does not."""
+    decoder("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    source = load_model(tmp_path).source
+    assert source["path"] == tmp_path.name and source["bytes"] == sum(f.stat().st_size for f in shards)
+    sums = {source["sha256"]}
+    for shard in (shards[0], shards[-1]):
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        sums.add(load_model(tmp_path).source["sha256"])
+    assert len(sums) == 3
+    (tmp_path / "adapter.safetensors").write_bytes(shards[0].read_bytes())
+    assert load_model(tmp_path).source["sha256"] in sums
+
+
 def test_refusals(tmp_path):
     with pytest.raises(FormatError, match=r"no config\.json"):
         load_model(tmp_path)

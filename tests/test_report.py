@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import sys
 from html.parser import HTMLParser
@@ -13,7 +14,7 @@ from torch import nn
 
 import narrowcast as nc
 from command_line import one_line
-from narrowcast.compress import hygiene
+from narrowcast.compress import api, hygiene
 from narrowcast.errors import FormatError
 from narrowcast.graph import Graph, Plan
 from narrowcast.graph.page import write_page
@@ -161,7 +162,7 @@ def test_bytes_of_nested_names_count_once(plan):
 
 
 def test_notes_of_rounding_are_shown(plan):
-    copy = Plan(plan.graph, "generic", "int4", record={"layers": [
+    copy = Plan(plan.graph, "generic", "int4", record={"first_damping": 0.01, "layers": [
         {"name": "a", "op": "linear_grouped", "precision": "int4", "damping": 0.1, "dead": 3, "notes": ["a retry"]},
     ]})  # fmt: skip
     assert layers_of(copy)[0]["notes"] == [
@@ -206,11 +207,49 @@ def test_a_plan_without_the_figures_says_so(cli, plan, tmp_path):
         ({"warnings": 3}, {}),
         ({}, {"metrics": {"kl": "low"}}),
         ({}, {"data": "fine"}),
+        ({}, {"data": {"unit": "tokens"}}),
+        ({}, {"bounds": {"kl": [0.1]}}),
+        ({}, {"measured_on": {"device": "cpu"}}),
+        ({"layers": [{"notes": [{"a": 1}]}]}, {}),
+        ({"layers": [{"dead": "many"}]}, {}),
+        ({"bytes_float32": "1 GB"}, {}),
     ],
 )
-def test_a_record_that_is_no_record(plan, record, certificate):
+def test_a_record_that_is_no_record(cli, plan, tmp_path, record, certificate):
+    bad = Plan(plan.graph, "generic", "int8", record=record, certificate=certificate)
     with pytest.raises(FormatError, match="not well formed"):
-        report_of(Plan(plan.graph, "generic", "int8", record=record, certificate=certificate))
+        report_of(bad)
+    bad.save(tmp_path / "bad.plan")
+    one_line(cli("inspect", tmp_path / "bad.plan", "--report", tmp_path / "a.html"), 1, "not well formed")
+
+
+def _leaves(value, path=()):
+    """The paths of everything in a document."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield (*path, key)
+        yield from _leaves(item, (*path, key))
+
+
+def test_whatever_is_replaced_in_a_document_reads_or_is_refused(plan, tmp_path, monkeypatch, seed):
+    """No part of a record or a certificate can make a page fail otherwise than with a FormatError."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # the plot takes its time
+    document = {"record": plan.record, "certificate": plan.certificate}
+    wrong = ("text", -1.5, None, [], {}, [1, "a"], True)
+    cases = [(path, value) for path in _leaves(document) for value in wrong]
+    refused = 0
+    for path, value in random.Random(seed).sample(cases, 150):
+        copy = json.loads(json.dumps(document))
+        place = copy
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        try:
+            write_page(report_of(Plan(plan.graph, "generic", "int8", **copy)), tmp_path / "a.html")
+        except FormatError as error:
+            assert "not well formed" in str(error)
+            refused += 1
+    assert refused > 20
 
 
 def test_unwritable_paths_leave_nothing(cli, plan_file, tmp_path, monkeypatch):
@@ -254,7 +293,7 @@ class Embedder(nn.Module):
         return x.sum(1)
 
 
-def test_gptq_on_too_little_data_is_called_overfitted():
+def test_gptq_on_too_little_data_is_called_overfitted(monkeypatch):
     tokenizer = tokenizer_asset(["[UNK]", *(f"w{i}" for i in range(2000))])
     torch.manual_seed(3)
     ids = torch.randint(2001, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
@@ -265,8 +304,14 @@ def test_gptq_on_too_little_data_is_called_overfitted():
     def texts(count):
         return [" ".join(f"w{i}" for i in torch.randint(2000, (8,)).tolist()) for _ in range(count)]
 
-    few, many = (nc.compress(embedder, recipe="int4", data=texts(count)) for count in (50, 1500))
     ratio = lambda p: p.certificate["data"]["held_out_over_calibration"]  # noqa: E731
+    little = texts(50)
+    helped = nc.compress(embedder, recipe="int4", data=little)
+    monkeypatch.setattr(api, "random_texts", lambda *arguments: [])
+    few, many = (nc.compress(embedder, recipe="int4", data=data) for data in (little, texts(1500)))
+    assert ratio(helped) < ratio(
+        few
+    )  # random texts beside the data are what keeps it from being learnt by heart
     assert ratio(few) > hygiene.OVERFIT > ratio(many) > 0.7, (ratio(few), ratio(many))
     assert any(w.startswith("overfitted: ") for w in few.record["warnings"])
     assert any("320 tokens, give 2048 or more" in w for w in few.record["warnings"])

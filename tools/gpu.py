@@ -6,6 +6,7 @@
     conformance   every instruction of kernels/common/ptx.cuh beside the emulator's word for it
     sanitizer     compute-sanitizer over small cases of the compiled kernels, where the tool is
     bench         bench/bench_gpu.py, room after room: every op beside the peers that are installed
+    plans         bench/bench_gpu.py plans: whole models, captured in CUDA graphs, beside torch
 
 A room that bench times (linear_int8, attention, ...) is a stage too: its timings alone, for as long as they take.
 Every part of a stage is a process with a time limit of its own; a part that fails or hangs hides no other. A stage
@@ -112,9 +113,13 @@ def bench() -> list[Part]:
     return [timings(name, budget, *rooms) for name, (budget, rooms) in TIMED.items()]
 
 
+def plans() -> list[Part]:
+    return [timings("plans", STAGE_SECONDS - 80, "plans")]
+
+
 STAGES: dict[str, Callable[[], list[Part]]] = {
     "build": build, "correctness": correctness, "triton": triton, "conformance": conformance,
-    "sanitizer": sanitizer, "bench": bench,
+    "sanitizer": sanitizer, "bench": bench, "plans": plans,
 }  # fmt: skip
 
 
@@ -166,7 +171,7 @@ def run(part: Part, folder: Path, deadline: float) -> tuple[dict, list[dict]]:
 def run_stage(name: str) -> list[dict]:
     print(f"== {name}", flush=True)
     deadline, rows, own = time.monotonic() + STAGE_SECONDS, [], []
-    together = 1 if name in ("bench", *TIMED_ROOMS) else TOGETHER
+    together = 1 if name in ("bench", "plans", *TIMED_ROOMS) else TOGETHER
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(together) as pool:
         for row, found in pool.map(lambda part: run(part, Path(folder), deadline), parts_of(name)):
             last = row["output"].splitlines()[-1:] or [""]

@@ -24,7 +24,7 @@ from narrowcast import dispatch  # noqa: E402
 PROOFS = ROOT / "python" / "narrowcast" / "proven.json"
 README = ROOT / "kernels" / "README.md"
 KEPT = ("op", "backend", "arch", "sources", "device", "uuid", "seed", "passed", "versions")
-HEAD = "| ops | backend | state |\n|---|---|---|\n"
+HEAD = "| ops | backend | state | takes |\n|---|---|---|---|\n"
 
 
 def take_over(path: Path) -> int:
@@ -56,7 +56,7 @@ def without_a_gpu(room: str, backend: str) -> str:
 def state(op: str, backend: str, proofs: list[dict]) -> str:
     current = dispatch.source_hash(op, backend)
     devices = [
-        f"{p['device']} ({p['arch']}, seed {p['seed']})"
+        f"{p['device']} ({p['arch']}, {p['uuid'][:12]}, sources {p['sources'][:8]}, seed {p['seed']})"
         for p in proofs
         if (p["op"], p["backend"], p["sources"]) == (op, backend, current)
     ]
@@ -77,7 +77,9 @@ def lines() -> Iterator[str]:
             groups: dict[str, list[str]] = {}
             for op in ops:
                 if written(op, backend):
-                    groups.setdefault(state(op, backend, proofs), []).append(f"`{op}`")
+                    takes = "; ".join(map(str, dispatch.limits(op).get(backend, ()))) or "the contract"
+                    text = f"{state(op, backend, proofs)} | {takes}"
+                    groups.setdefault(text, []).append(f"`{op}`")
             for text, names in groups.items():
                 yield f"| {', '.join(names)} | {backend} | {text} |"
 

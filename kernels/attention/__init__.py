@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.limits import dtypes, last_size
+
 _ops = torch.ops.narrowcast
+
+LIMITS = {
+    "cuda": (dtypes("q", torch.float16, torch.bfloat16), last_size("q", 256), last_size("v", 256)),
+    "triton": (last_size("q", 256), last_size("v", 256)),
+}
 
 
 def attention(

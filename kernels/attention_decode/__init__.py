@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.limits import dtype_like, dtypes, last_size
+
 _ops = torch.ops.narrowcast
+
+LIMITS = {
+    "cuda": (
+        dtypes("q", torch.float16, torch.bfloat16),
+        dtype_like("k_cache", "q", torch.int8),
+        last_size("q", 256),
+    ),
+    "triton": (last_size("q", 256),),
+}
 
 
 def attention_decode(

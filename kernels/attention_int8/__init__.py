@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention import LIMITS  # noqa: F401  (the loop of attention)
+
 _ops = torch.ops.narrowcast
 
 

@@ -20,13 +20,8 @@ static inline __m512 activate16_or_skip(Activation activation, __m512 v) {
   return activation == Activation::kRelu ? v : _mm512_min_ps(_mm512_set1_ps(6.0f), v);
 }
 
-static inline void finish16(const Epilogue& e, __m512 v, int64_t m, int64_t n, __mmask16 mask) {
-  if (e.bias) v = _mm512_add_ps(v, load16(e.bias, n, e.bias_dtype, mask));
-  v = activate16_or_skip(e.activation, v);
-  if (e.residual)
-    v = _mm512_add_ps(v, load16(e.residual, m * e.ld_residual + n, e.residual_dtype, mask));
-  v = activate16_or_skip(e.post_activation, v);
-  const int64_t at = m * e.ld_out + n;
+// The last step of finish16: v to the element `at` of the output.
+static inline void put16(const Epilogue& e, int64_t at, __m512 v, __mmask16 mask) {
   if (e.out_dtype != DType::kInt8 && e.out_dtype != DType::kUInt8)
     return store16(e.out, at, e.out_dtype, mask, v);
   const bool is_signed = e.out_dtype == DType::kInt8;
@@ -37,6 +32,69 @@ static inline void finish16(const Epilogue& e, __m512 v, int64_t m, int64_t n, _
   q = _mm512_max_epi32(q, _mm512_set1_epi32(is_signed ? -127 : 0));
   q = _mm512_min_epi32(q, _mm512_set1_epi32(is_signed ? 127 : 255));
   _mm_mask_storeu_epi8(static_cast<int8_t*>(e.out) + at, mask, _mm512_cvtepi32_epi8(q));
+}
+
+static inline void finish16(const Epilogue& e, __m512 v, int64_t m, int64_t n, __mmask16 mask) {
+  if (e.bias) v = _mm512_add_ps(v, load16(e.bias, n, e.bias_dtype, mask));
+  v = activate16_or_skip(e.activation, v);
+  if (e.residual)
+    v = _mm512_add_ps(v, load16(e.residual, m * e.ld_residual + n, e.residual_dtype, mask));
+  v = activate16_or_skip(e.post_activation, v);
+  put16(e, m * e.ld_out + n, v, mask);
+}
+
+constexpr int kTileColumns = 64;  // of a row of a tile, filled or not
+
+[[gnu::noinline]] static void activate_tile16(Activation activation, float* tile, int rows) {
+  const auto each = [&](auto f) __attribute__((always_inline)) {
+    for (int i = 0; i < rows * kTileColumns; i += 16)
+      _mm512_store_ps(tile + i, f(_mm512_load_ps(tile + i)));
+  };
+  switch (activation) {
+    case Activation::kRelu:
+      return each([](__m512 x) { return activate16(Activation::kRelu, x); });
+    case Activation::kRelu6:
+      return each([](__m512 x) { return activate16(Activation::kRelu6, x); });
+    case Activation::kGelu:
+      return each(gelu16);
+    default:
+      return each([=](__m512 x) { return activate16_far(activation, x); });
+  }
+}
+
+// finish16, but for the bias, of a whole tile of float sums: each stage asks once, not per vector,
+// what it has to do. The tile is 64-byte aligned and is written to.
+static inline void finish_tile16(const Epilogue& e, float* tile, int64_t m0, int rows, int64_t n0,
+                                 int columns) {
+  if (e.activation != Activation::kNone) activate_tile16(e.activation, tile, rows);
+  const auto each = [&](auto f) __attribute__((always_inline)) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < columns; c += 16)
+        f(tile + r * kTileColumns + c, m0 + r, n0 + c, mask16(columns - c));
+  };
+  if (e.residual && e.residual_dtype == DType::kFloat32) {
+    const float* residual = static_cast<const float*>(e.residual);
+    each([&](float* x, int64_t m, int64_t n, __mmask16 mask) {
+      const __m512 more = _mm512_maskz_loadu_ps(mask, residual + m * e.ld_residual + n);
+      _mm512_store_ps(x, _mm512_add_ps(_mm512_load_ps(x), more));
+    });
+  } else if (e.residual) {
+    each([&](float* x, int64_t m, int64_t n, __mmask16 mask) {
+      const __m512 more = load16(e.residual, m * e.ld_residual + n, e.residual_dtype, mask);
+      _mm512_store_ps(x, _mm512_add_ps(_mm512_load_ps(x), more));
+    });
+  }
+  if (e.post_activation != Activation::kNone) activate_tile16(e.post_activation, tile, rows);
+  if (e.out_dtype == DType::kFloat32) {
+    float* out = static_cast<float*>(e.out);
+    each([&](float* x, int64_t m, int64_t n, __mmask16 mask) {
+      _mm512_mask_storeu_ps(out + m * e.ld_out + n, mask, _mm512_load_ps(x));
+    });
+  } else {
+    each([&](float* x, int64_t m, int64_t n, __mmask16 mask) {
+      put16(e, m * e.ld_out + n, _mm512_load_ps(x), mask);
+    });
+  }
 }
 
 }  // namespace narrowcast

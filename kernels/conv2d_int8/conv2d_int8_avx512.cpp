@@ -195,14 +195,38 @@ void natural_order(__m512i (&a)[V]) {
   }
 }
 
+// The way back.
+template <int V>
+void place_order(__m512i (&a)[V]) {
+  if constexpr (V == 4) return natural_order(a);  // a transposition of lanes
+  const __m512i first = _mm512_shuffle_i32x4(a[0], a[1], 0x44);
+  const __m512i second = _mm512_shuffle_i32x4(a[0], a[1], 0xee);
+  a[0] = _mm512_shuffle_i32x4(first, first, 0xd8);
+  a[1] = _mm512_shuffle_i32x4(second, second, 0xd8);
+}
+
 // What the epilogue needs of a block's channels, in the order of places.
+template <int V>
 struct Places {
-  alignas(64) int32_t init[kBlock];
-  alignas(64) float scale[kBlock], bias[kBlock];
+  alignas(64) int32_t init[16 * V];
+  alignas(64) float scale[16 * V], bias[16 * V];
+
+  static void put(const void* from, void* to) {
+    __m512i a[V];
+    for (int j = 0; j < V; ++j) a[j] = _mm512_loadu_si512(static_cast<const char*>(from) + 64 * j);
+    place_order(a);
+    for (int j = 0; j < V; ++j) _mm512_store_si512(static_cast<char*>(to) + 64 * j, a[j]);
+  }
+  // The arrays of channels are padded to 64.
+  Places(const DepthwiseRow& d, const ConvEpilogue& e) {
+    put(d.init + d.first_channel, init);
+    put(e.scale + d.first_channel, scale);
+    put(e.bias + d.first_channel, bias);
+  }
 };
 
 template <int V>  // registers of a block: 4, or 2 of a half one
-void store_codes(const Codes& codes, const Places& places, const __m512i (&acc)[V], char* out,
+void store_codes(const Codes& codes, const Places<V>& places, const __m512i (&acc)[V], char* out,
                  __mmask64 mask) {
   __m512i q[V];
 #pragma GCC unroll 4
@@ -221,41 +245,87 @@ void store_codes(const Codes& codes, const Places& places, const __m512i (&acc)[
   }
 }
 
-template <int GROUPS, int KW, int V>  // GROUPS, KW 0: any
-void windows(const DepthwiseRow& d, const ConvEpilogue& e, const char* columns, __mmask64 mask) {
-  const int64_t groups = GROUPS ? GROUPS : groups_of(d.kernel_height);
-  const int64_t kw = KW ? KW : d.kernel_width;
+constexpr int kPixels = 7;  // of a step: rows of 224 / 2^n pixels are made of whole steps
+
+// In assembly, as GCC 12 keeps copies of each sum around the intrinsic.
+[[gnu::always_inline]] inline void dot4(__m512i& sum, __m512i x, __m512i w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+}
+
+// The sums of P neighbouring pixels, [pixel][place], from the first column of the first one's
+// window. One register of places after the other: its weights stay in registers, and a column is
+// read once for all windows it lies in.
+template <int GROUPS, int KW, int STRIDE, int V, int P>
+void sum_pixels(const char* columns, const int8_t* w, const int32_t* init, int32_t* sums) {
+  for (int j = 0; j < V; ++j) {
+    __m512i weights[KW * GROUPS], acc[P];
+#pragma GCC unroll 16
+    for (int i = 0; i < KW * GROUPS; ++i) weights[i] = _mm512_load_si512(w + (i * V + j) * 64);
+    const __m512i start = _mm512_load_si512(init + 16 * j);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) acc[p] = start;
+#pragma GCC unroll 32
+    for (int t = 0; t < (P - 1) * STRIDE + KW; ++t)
+#pragma GCC unroll 2
+      for (int g = 0; g < GROUPS; ++g) {
+        const __m512i x = _mm512_load_si512(columns + ((t * GROUPS + g) * V + j) * 64);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p)
+          if (t >= p * STRIDE && t < p * STRIDE + KW)
+            dot4(acc[p], x, weights[(t - p * STRIDE) * GROUPS + g]);
+      }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) _mm512_store_si512(sums + (p * V + j) * 16, acc[p]);
+  }
+}
+
+template <int V>  // any window, one pixel
+void sum_pixel(const DepthwiseRow& d, const char* columns, const int32_t* init, int32_t* sums) {
+  const int64_t groups = groups_of(d.kernel_height);
+  __m512i acc[V];
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) acc[j] = _mm512_load_si512(init + 16 * j);
+  const int8_t* w = d.weights;
+  for (int64_t x = 0; x < d.kernel_width; ++x) {
+    const char* column = columns + x * d.dilation * groups * V * 64;
+    for (int64_t g = 0; g < groups; ++g, w += V * 64, column += V * 64)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j)
+        dot4(acc[j], _mm512_load_si512(column + 64 * j), _mm512_load_si512(w + 64 * j));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) _mm512_store_si512(sums + j * 16, acc[j]);
+}
+
+// `many`: the sums of kPixels pixels, or nullptr.
+template <int V>
+void windows(const DepthwiseRow& d, const ConvEpilogue& e, const char* columns, __mmask64 mask,
+             void (*many)(const char*, const int8_t*, const int32_t*, int32_t*)) {
+  const int64_t step = d.stride * groups_of(d.kernel_height) * V * 64;
   const bool in_codes = e.codes && !e.residual;
   const Codes codes(e);
-  Places places;
-  for (int64_t at = 0; at < 16 * V; ++at) {
-    const int64_t c = d.first_channel + channel_at(at, 16 * V);  // the arrays are padded to 64
-    places.init[at] = d.init[c], places.scale[at] = e.scale[c], places.bias[at] = e.bias[c];
-  }
-  for (int64_t ow = 0; ow < d.out_width; ++ow) {
-    __m512i acc[V];
+  const Places<V> places(d, e);
+  alignas(64) int32_t sums[kPixels * V * 16];
+  for (int64_t ow = 0; ow < d.out_width;) {
+    const bool whole = many && ow + kPixels <= d.out_width;
+    if (whole)
+      many(columns + ow * step, d.weights, places.init, sums);
+    else
+      sum_pixel<V>(d, columns + ow * step, places.init, sums);
+    for (int p = 0; p < (whole ? kPixels : 1); ++p, ++ow) {
+      __m512i acc[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) acc[j] = _mm512_load_si512(places.init + 16 * j);
-    const int8_t* w = d.weights;
-#pragma GCC unroll 8
-    for (int64_t x = 0; x < kw; ++x) {
-      const char* column = columns + (ow * d.stride + x * d.dilation) * groups * V * 64;
-#pragma GCC unroll 2
-      for (int64_t g = 0; g < groups; ++g, w += V * 64, column += V * 64)
-#pragma GCC unroll 4
-        for (int j = 0; j < V; ++j)
-          acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_load_si512(column + 64 * j),
-                                       _mm512_load_si512(w + 64 * j));
+      for (int j = 0; j < V; ++j) acc[j] = _mm512_load_si512(sums + (p * V + j) * 16);
+      const int64_t pixel = d.first_pixel + ow;
+      if (in_codes) {
+        store_codes<V>(codes, places, acc,
+                       static_cast<char*>(e.out) + pixel * e.channels + d.first_channel, mask);
+        continue;
+      }
+      natural_order(acc);
+      for (int j = 0; j < V && 16 * j < d.count; ++j)
+        finish(e, acc[j], pixel, d.first_channel + 16 * j);
     }
-    const int64_t pixel = d.first_pixel + ow;
-    if (in_codes) {
-      store_codes<V>(codes, places, acc,
-                     static_cast<char*>(e.out) + pixel * e.channels + d.first_channel, mask);
-      continue;
-    }
-    natural_order(acc);
-    for (int j = 0; j < V && 16 * j < d.count; ++j)
-      finish(e, acc[j], pixel, d.first_channel + 16 * j);
   }
 }
 
@@ -285,9 +355,13 @@ void depthwise_block(const DepthwiseRow& d, const ConvEpilogue& e) {
         interleave_half(taps, static_cast<__mmask32>(mask), _mm512_castsi512_si256(flip), to);
     }
   }
-  if (groups == 1 && d.kernel_width == 3) return windows<1, 3, V>(d, e, columns, mask);
-  if (groups == 2 && d.kernel_width == 5) return windows<2, 5, V>(d, e, columns, mask);
-  windows<0, 0, V>(d, e, columns, mask);
+  void (*many)(const char*, const int8_t*, const int32_t*, int32_t*) = nullptr;
+  const bool dense = d.dilation == 1, one = d.stride == 1, two = d.stride == 2;
+  if (dense && groups == 1 && d.kernel_width == 3)
+    many = one ? sum_pixels<1, 3, 1, V, kPixels> : two ? sum_pixels<1, 3, 2, V, kPixels> : nullptr;
+  else if (dense && groups == 2 && d.kernel_width == 5)
+    many = one ? sum_pixels<2, 5, 1, V, kPixels> : two ? sum_pixels<2, 5, 2, V, kPixels> : nullptr;
+  windows<V>(d, e, columns, mask, many);
 }
 
 void depthwise(const DepthwiseRow& d, const ConvEpilogue& e) {

@@ -201,7 +201,8 @@ void run_depthwise(const Conv2dInt8Args& a, uint8_t* scratch, const uint8_t* zer
     const uint8_t* taps[64];
     for (int64_t piece = first; piece < last; ++piece)
       for (int64_t unit = piece * units / pieces; unit < (piece + 1) * units / pieces; ++unit) {
-        const int64_t block = unit / rows, row = unit % rows;
+        // All channels of a row, then the next row: its inputs are near when they are read again.
+        const int64_t block = unit % blocks, row = unit / blocks;
         const int64_t n = row / s.out_height, top = row % s.out_height * s.stride_h - s.padding_h;
         for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
           const int64_t ih = top + ky * s.dilation_h;

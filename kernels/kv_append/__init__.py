@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.limits import last_size
+
 _ops = torch.ops.narrowcast
+
+LIMITS = {"triton": (last_size("k", 8192),)}
 
 
 def kv_append(

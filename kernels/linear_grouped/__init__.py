@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.limits import one_of
+
 _ops = torch.ops.narrowcast
+
+LIMITS = {"cuda": (one_of("activation_bits", 16),), "triton": (one_of("activation_bits", 8, 16),)}
 
 
 def linear_grouped(

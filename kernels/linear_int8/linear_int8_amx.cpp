@@ -92,8 +92,8 @@ void block(const LinearInt8Args& a, const uint8_t* panel, int64_t m0, int64_t m1
                                           _mm512_load_ps(total + i)));
       }
     }
-    const void* result = pieces ? static_cast<const void*>(total) : sums;
-    finish_tile(a, static_cast<const __m512i*>(result), pieces, m, rows, n0, columns, w_sum);
+    void* result = pieces ? static_cast<void*>(total) : sums;
+    finish_tile(a, static_cast<__m512i*>(result), pieces, m, rows, n0, columns, w_sum);
   }
   tile_release();
 }

@@ -63,40 +63,44 @@ void row_starts(const int8_t* x, int64_t ldx, int64_t rows, int64_t depth, int64
     }
 }
 
-// Rows of accumulators, 64 apart, to the output. `sums`: the accumulators are float sums of pieces.
-[[gnu::noinline]] void finish_tile(const LinearInt8Args& a, const __m512i* tile, bool sums,
-                                   int64_t m0, int rows, int64_t n0, int columns,
-                                   const int32_t* w_sum) {
+// Rows of accumulators, 64 apart, to the output; they are overwritten. `sums`: the accumulators are
+// float sums of pieces.
+[[gnu::noinline]] void finish_tile(const LinearInt8Args& a, __m512i* tile, bool sums, int64_t m0,
+                                   int rows, int64_t n0, int columns, const int32_t* w_sum) {
   const Epilogue e = a.epilogue;  // a copy that no store can be thought to change
   const bool has_zero_point = a.x_zero_point, grouped = a.group != 0;
+  float* values = reinterpret_cast<float*>(tile);
   const float* x_scale = a.x_scale + m0 * a.x_scale_stride;
   const int64_t x_scale_stride = a.x_scale_stride;
   for (int v = 0; v * 16 < columns; ++v) {
-    const int left = columns - v * 16;
-    const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    const __mmask16 mask = mask16(columns - v * 16);
     const int64_t n = n0 + v * 16;
     const __m512 w_scale =
         a.w_scale_stride ? _mm512_maskz_loadu_ps(mask, a.w_scale + n) : _mm512_set1_ps(*a.w_scale);
+    const __m512 bias = e.bias ? load16(e.bias, n, e.bias_dtype, mask) : _mm512_setzero_ps();
     const __m512i w_total = _mm512_loadu_si512(w_sum + v * 16);
     for (int r = 0; r < rows; ++r) {
-      const int64_t m = m0 + r;
       __m512i acc = tile[r * 4 + v];
       __m512 y;
-      if (!sums) {
-        if (has_zero_point)
-          acc = _mm512_sub_epi32(acc,
-                                 _mm512_mullo_epi32(_mm512_set1_epi32(a.x_zero_point[m]), w_total));
-        y = _mm512_cvtepi32_ps(acc);
+      if (has_zero_point) {
+        const int32_t zero = a.x_zero_point[m0 + r];
+        if (sums)
+          y = _mm512_sub_ps(
+              _mm512_castsi512_ps(acc),
+              _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(zero)), _mm512_cvtepi32_ps(w_total)));
+        else
+          y = _mm512_cvtepi32_ps(
+              _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_set1_epi32(zero), w_total)));
       } else {
-        y = _mm512_castsi512_ps(acc);
-        if (has_zero_point)
-          y = _mm512_sub_ps(y, _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(a.x_zero_point[m])),
-                                             _mm512_cvtepi32_ps(w_total)));
+        y = sums ? _mm512_castsi512_ps(acc) : _mm512_cvtepi32_ps(acc);
       }
       if (!grouped) y = _mm512_mul_ps(y, _mm512_set1_ps(x_scale[r * x_scale_stride]));
-      finish16(e, _mm512_mul_ps(y, w_scale), m, n, mask);
+      y = _mm512_mul_ps(y, w_scale);
+      if (e.bias) y = _mm512_add_ps(y, bias);
+      _mm512_store_ps(values + r * kTileColumns + v * 16, y);
     }
   }
+  finish_tile16(e, values, m0, rows, n0, columns);
 }
 
 // Row-major weights: 16 dot products along K at once, of R rows of x and 16 / R of w; one

@@ -151,7 +151,7 @@ void linear_dynamic_int8_run(LinearDynamicInt8Args d) {
   a.x_scale = scale, a.x_scale_stride = scales, a.x_zero_point = zero;
   int32_t* start = a.kernel->row_starts && a.pieces ? scratch.start : nullptr;
   a.start = start;
-  const QuantizeRowFn quantise = quantize_kernel().row;
+  const QuantizeKernel& quantise = quantize_kernel();
   const int64_t group = a.group ? a.group : a.depth, x_bytes = element_size(d.x_dtype);
   std::atomic<bool> finite{true};
   parallel_for(0, a.rows, std::max<int64_t>(1, kWorthAThread / 64 / std::max<int64_t>(a.depth, 1)),
@@ -160,10 +160,8 @@ void linear_dynamic_int8_run(LinearDynamicInt8Args d) {
                  for (int64_t m = m0; m < m1; ++m) {
                    const char* x = static_cast<const char*>(d.x) + m * d.ldx * x_bytes;
                    int8_t* q = scratch.x + m * a.ldx;
-                   for (int64_t g = 0; g < scales; ++g)
-                     quantise(x + g * group * x_bytes, d.x_dtype, group, d.asymmetric,
-                              q + g * group, scale + m * scales + g, zero ? zero + m : nullptr,
-                              &found);
+                   quantize_row(quantise, x, d.x_dtype, group, scales, q, scale + m * scales,
+                                zero ? zero + m : nullptr, &found);
                    std::memset(q + a.depth, 0, a.ldx - a.depth);
                    if (start)
                      a.kernel->row_starts(q, a.ldx, 1, a.depth, a.piece, start + m * a.pieces);

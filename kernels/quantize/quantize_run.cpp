@@ -32,7 +32,7 @@ void count_nan(int64_t found) {
 
 bool quantize_rows_run(const QuantizeRowsArgs& a) {
   if (a.rows == 0) return true;
-  const QuantizeRowFn kernel = quantize_kernel().row;
+  const QuantizeKernel& kernel = quantize_kernel();
   // A row without columns still has its scale (1).
   const int64_t group = std::max<int64_t>(a.group, 1);
   const int64_t groups = a.columns == 0 ? (a.group == a.columns ? 1 : 0) : a.columns / group;
@@ -43,10 +43,8 @@ bool quantize_rows_run(const QuantizeRowsArgs& a) {
     QuantizeFindings found;
     for (int64_t m = begin; m < end; ++m) {
       const char* x = static_cast<const char*>(a.x) + m * a.ld_x * step;
-      for (int64_t g = 0; g < groups; ++g)
-        kernel(x + g * group * step, a.dtype, std::min(group, a.columns), a.zero_point != nullptr,
-               a.q + m * a.columns + g * group, a.scale + m * groups + g,
-               a.zero_point ? a.zero_point + m : nullptr, &found);
+      quantize_row(kernel, x, a.dtype, std::min(group, a.columns), groups, a.q + m * a.columns,
+                   a.scale + m * groups, a.zero_point ? a.zero_point + m : nullptr, &found);
     }
     count_nan(found.nan);
     if (!found.finite) finite.store(false, std::memory_order_relaxed);

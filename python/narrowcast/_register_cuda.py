@@ -17,13 +17,6 @@ from .kernels.quantize import findings_of
 _ops = torch.ops.narrowcast
 
 
-def _bind(op: str, arguments: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, defaults included."""
-    schema = getattr(_ops, op).default._schema.arguments
-    given = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return {**given, **dict(zip((a.name for a in schema), arguments)), **options}
-
-
 def _device_of(given: dict[str, Any]) -> torch.device:
     return next(v for v in given.values() if isinstance(v, Tensor)).device
 
@@ -38,7 +31,7 @@ def _compiled(op: str) -> Callable:
     wanted = [a.name for a in private._schema.arguments]
 
     def call(*arguments: Any, **options: Any) -> Any:
-        given = _bind(op, arguments, options)
+        given = dispatch.bind(op, arguments, options)
         if "findings" not in wanted:
             return private(*(given[name] for name in wanted))
         with findings_of(op, _device_of(given), given.get("strict", False)) as findings:
@@ -53,7 +46,7 @@ def _on_the_cpu(op: str) -> Callable:
     written = [a.name for a in overload._schema.arguments if a.alias_info and a.alias_info.is_write]
 
     def call(*arguments: Any, **options: Any) -> Any:
-        given = _bind(op, arguments, options)
+        given = dispatch.bind(op, arguments, options)
         device = _device_of(given)
         copies = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in given.items()}
         result = overload(**copies)
@@ -79,8 +72,7 @@ def _warn(op: str, reason: str) -> None:
 
 
 def _run(op: str, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
-    tensors = [v for v in (*arguments, *options.values()) if isinstance(v, Tensor)]
-    choice = dispatch.serving(op, tensors)
+    choice = dispatch.serving(op, dispatch.bind(op, arguments, options))
     if choice.backend == "reference" and choice.reason != dispatch.ASKED_FOR:
         _warn(op, choice.reason)
     return implementation(op, choice.backend)(*arguments, **options)

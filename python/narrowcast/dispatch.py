@@ -10,6 +10,7 @@ which asks :func:`serving` per call:
 By default only a backend takes part that has passed its tests on this architecture (``proven.json``, written from
 test runs on real devices; a row whose kernels have changed since is void). ``NARROWCAST_BACKEND``, or
 ``with narrowcast.backend("triton"):``, uses one without that proof, and raises where an op lacks it.
+A backend that takes less than the op's contract says so in its room (``LIMITS``); a call beyond that goes to the next.
 ``narrowcast.explain("linear_int8", [[1, 4096], [11008, 4096]])`` tells what would run and why.
 """
 
@@ -22,7 +23,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from torch import Tensor
 from .errors import ArgumentError
 from .functional import ROOMS
 from .kernels.common import tuning
+from .kernels.common.limits import Limit
 
 BACKENDS = ("cuda", "triton", "reference")
 ROOM_OF = {op: room for room, ops in ROOMS.items() for op in ops}
@@ -133,6 +135,36 @@ def available(op: str) -> dict[str, str]:
     return reasons
 
 
+# What a call is made of
+
+
+@functools.cache
+def _template(op: str) -> dict[str, Any]:
+    schema = getattr(torch.ops.narrowcast, op).default._schema.arguments
+    return {a.name: a.default_value if a.has_default_value() else None for a in schema}
+
+
+def bind(op: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name, in the order of the schema, defaults included."""
+    return {**_template(op), **dict(zip(_template(op), arguments)), **options}
+
+
+@functools.cache
+def limits(op: str) -> dict[str, tuple[Limit, ...]]:
+    """Backend -> what it takes less than the contract; as declared in the op's room."""
+    room = importlib.import_module(f"{__package__}.kernels.{ROOM_OF[op]}")
+    return getattr(room, "LIMITS", {})
+
+
+def refusals(op: str, given: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(backend, why it does not take this call), for those that do not."""
+    found = []
+    for name, declared in limits(op).items():
+        if reason := next((text for limit in declared if (text := limit.refusal(given))), ""):
+            found.append((name, reason))
+    return tuple(found)
+
+
 # What is proven
 
 
@@ -145,6 +177,7 @@ def _imported(path: Path, root: Path) -> Iterator[Path]:
     for dots, module, names in re.findall(r"^from (\.+)([\w.]*) import (.+)", text, re.M):
         base = (path.parent if dots == "." else path.parent.parent).joinpath(*module.split("."))
         yield base.with_suffix(".py")
+        yield base / "__init__.py"
         yield from (base / f"{name}.py" for name in re.findall(r"\w+", names))
 
 
@@ -167,6 +200,8 @@ def source_hash(op: str, backend: str) -> str | None:
     if not seen:
         return None
     contents = sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in seen)
+    # Tests draw what the limits allow: wider ones ask for a new proof.
+    contents.append(("limits", "; ".join(map(str, limits(op).get(backend, ()))).encode()))
     return hashlib.sha256(b"".join(name.encode() + b"\0" + data for name, data in contents)).hexdigest()
 
 
@@ -217,9 +252,21 @@ def _order(op: str, arch: str, rows: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(op: str, arch: str, rows: str, forced: str | None, measured: str | None = None) -> Choice:
-    """The backend for an op, with the reason. Raises RuntimeError if the forced one cannot run."""
+def choose(
+    op: str,
+    arch: str,
+    rows: str,
+    forced: str | None,
+    measured: str | None = None,
+    refused: tuple[tuple[str, str], ...] = (),
+) -> Choice:
+    """The backend for an op, with the reason. Raises RuntimeError if the forced one cannot run.
+
+    refused: as :func:`refusals` tells them.
+    """
     lacking = available(op)
+    lacking |= {name: reason for name, reason in refused if not lacking[name]}
+    passed_over = "".join(f"; {name}: {lacking[name]}" for name, _ in refused)
     if forced:
         if lacking[forced]:
             able = ", ".join(b for b, reason in lacking.items() if not reason)
@@ -228,14 +275,16 @@ def choose(op: str, arch: str, rows: str, forced: str | None, measured: str | No
     able = [b for b in _order(op, arch, rows) if not lacking[b]]
     trusted = [b for b in able if proven(op, b, arch)]
     if measured in trusted:
-        return Choice(measured, f"the fastest of {', '.join(trusted)} when measured on this machine")
+        reason = f"the fastest of {', '.join(trusted)} when measured on this machine"
+        return Choice(measured, reason + passed_over)
     if trusted:
-        return Choice(trusted[0], f"first of {', '.join(trusted)} by the table, for {rows} rows on {arch}")
+        reason = f"first of {', '.join(trusted)} by the table, for {rows} rows on {arch}"
+        return Choice(trusted[0], reason + passed_over)
     if able:
         return Choice(
             "reference",
             f"{' and '.join(able)} can run but passed no tests on {arch} yet; "
-            f"NARROWCAST_BACKEND={able[0]} uses it all the same",
+            f"NARROWCAST_BACKEND={able[0]} uses it all the same{passed_over}",
         )
     return Choice("reference", "; ".join(f"{b}: {lacking[b]}" for b in ("cuda", "triton")))
 
@@ -244,18 +293,43 @@ def _arch(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def _key(op: str, rows: str, tensors: Sequence[Tensor]) -> str:
-    return f"backend {op} {rows} " + " ".join(str(t.dtype).removeprefix("torch.") for t in tensors[:3])
+@functools.cache
+def _kernels(op: str) -> str:
+    """Of all backends: what was measured of others says nothing about these."""
+    return hashlib.sha256(repr([source_hash(op, b) for b in DEFAULT_ORDER]).encode()).hexdigest()[:8]
 
 
-def serving(op: str, tensors: Sequence[Tensor]) -> Choice:
-    """The choice for a call with these tensors, x first."""
+def _key(op: str, rows: str, dtypes: Sequence[torch.dtype]) -> str:
+    """Of the tuning table."""
+    kinds = " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes[:3])
+    return f"backend {op} {_kernels(op)} {rows} {kinds}"
+
+
+def serving(op: str, given: Mapping[str, Any], device: torch.device | None = None) -> Choice:
+    """The choice for a call with these arguments (see :func:`bind`).
+
+    device: where it will run, when the tensors are elsewhere (on ``meta``).
+    """
+    refused = refusals(op, given) if limits(op) else ()
     if forced := _forced.get():
-        return choose(op, "", "", forced)
-    first = tensors[0]
-    rows = shape_class(op, first.shape)
-    measured = tuning.table(first.device.index).get(_key(op, rows, tensors))
-    return choose(op, _arch(first.device), rows, None, measured)
+        return choose(op, "", "", forced, None, refused)
+    tensors = [v for v in given.values() if isinstance(v, Tensor)]
+    device = device or tensors[0].device
+    rows = shape_class(op, tensors[0].shape)
+    measured = tuning.table(device.index).get(_key(op, rows, [t.dtype for t in tensors]))
+    return choose(op, _arch(device), rows, None, measured, refused)
+
+
+def forced() -> str | None:
+    """The backend that this thread or task asks for, by the environment or ``with backend(...)``."""
+    return _forced.get()
+
+
+def is_trusted(op: str, device: torch.device) -> bool:
+    """Whether a backend of a GPU serves an op without being asked for, or one is asked for."""
+    if forced := _forced.get():
+        return forced != "reference"
+    return any(not available(op)[b] and proven(op, b, _arch(device)) for b in DEFAULT_ORDER)
 
 
 def measure(op: str, *arguments: Any, **options: Any) -> dict[str, float]:
@@ -263,39 +337,78 @@ def measure(op: str, *arguments: Any, **options: Any) -> dict[str, float]:
 
     Returns backend -> milliseconds. Later calls of its shape class and dtypes use the fastest.
     """
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    given = bind(op, arguments, options)
+    tensors = [v for v in given.values() if isinstance(v, Tensor)]
     if not tensors or not tensors[0].is_cuda:
         raise ArgumentError(f"{op}: arguments must begin with a tensor on a GPU")
-    function, times = getattr(torch.ops.narrowcast, op), {}
+    function, times, refused = getattr(torch.ops.narrowcast, op), {}, dict(refusals(op, given))
     for name in DEFAULT_ORDER:
-        if not available(op)[name] and proven(op, name, _arch(tensors[0].device)):
+        able = not available(op)[name] and name not in refused
+        if able and proven(op, name, _arch(tensors[0].device)):
             with backend(name):
                 times[name] = tuning.milliseconds(lambda: function(*arguments, **options))
     if times:
-        key = _key(op, shape_class(op, tensors[0].shape), tensors)
+        key = _key(op, shape_class(op, tensors[0].shape), [t.dtype for t in tensors])
         tuning.table(tensors[0].device.index).put(key, min(times, key=times.__getitem__))
     return times
 
 
-def explain(op: str, shapes: Sequence[Sequence[int]] = (), arch: str | None = None) -> str:
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that is only spoken of; a dtype of None is any."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+def _spoken_of(op: str, shapes: Sequence[Sequence[int]], dtypes: Sequence[Any], options: Mapping) -> dict:
+    given, schema = dict(_template(op)), getattr(torch.ops.narrowcast, op).default._schema.arguments
+    if unknown := set(options) - set(given):
+        raise ArgumentError(f"{op} must be explained by arguments of its own, got {sorted(unknown)[0]!r}")
+    names = [a.name for a in schema if "Tensor" in str(a.type)]
+    kinds = [getattr(torch, d) if isinstance(d, str) else d for d in dtypes]
+    for i, (argument, shape) in enumerate(zip(names, shapes)):
+        given[argument] = Operand(tuple(shape), kinds[i] if i < len(kinds) else None)
+    return given | dict(options)
+
+
+def explain(
+    op: str,
+    shapes: Sequence[Sequence[int]] = (),
+    arch: str | None = None,
+    *,
+    dtypes: Sequence[torch.dtype | str] = (),
+    **options: Any,
+) -> str:
     """Which backend serves an op for arguments of these shapes, and why, as text.
 
-    arch: such as "sm_90"; by default that of the current GPU, or the CPU where there is none.
+    shapes, dtypes: of the tensors, in the order of the schema; a dtype left out is taken to be one that every backend
+        knows. arch: such as "sm_90"; by default that of the current GPU, or the CPU where there is none.
+    options: arguments that are no tensors, such as ``activation_bits=8``.
     """
     if op not in ROOM_OF:
         raise ArgumentError(f"op must be one of the catalogue, got {op!r}")
+    given = _spoken_of(op, shapes, dtypes, options)
     if arch is None and not torch.cuda.is_available():
         return f"{op} on the CPU: {_cpu_kernels(op)}"
-    arch = arch or _arch(torch.device("cuda", torch.cuda.current_device()))
+    here = None if arch else torch.cuda.current_device()
+    arch = arch or _arch(torch.device("cuda", here))
     if not re.fullmatch(r"sm_\d{2,3}", arch):
         raise ArgumentError(f"arch must be such as sm_90, got {arch!r}")
     if op in EVERYWHERE:
         return f"{op} on {arch}: one implementation for all devices"
     rows = shape_class(op, tuple(shapes[0]) if shapes else ())
-    choice = choose(op, arch, rows, _forced.get())
+    refused, operands = refusals(op, given), [v for v in given.values() if isinstance(v, Operand)]
+    measured = None
+    if here is not None and operands and len(dtypes) >= min(3, len(operands)):
+        measured = tuning.table(here).get(_key(op, rows, [o.dtype for o in operands if o.dtype]))
+    choice = choose(op, arch, rows, _forced.get(), measured, refused)
     lines = [f"{op} on {arch}, {rows} rows: {choice.backend} ({choice.reason})"]
     for name, lacking in available(op).items():
-        state = lacking or ("can run" if proven(op, name, arch) else f"can run; unproven on {arch}")
+        state = lacking or dict(refused).get(name)
+        if not state:
+            state = "can run" if proven(op, name, arch) else f"can run; unproven on {arch}"
+            state += "".join(f"; {limit}" for limit in limits(op).get(name, ()))
         lines.append(f"  {name}: {state}")
     return "\n".join(lines)
 

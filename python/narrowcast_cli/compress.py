@@ -26,6 +26,16 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="predict bytes, time and memory; write nothing")
     ] = False,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="a multiple of 32: of weights (32), for int8 of activations (64; 0: one scale per token)"
+        ),
+    ] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="int4 without zero points")] = False,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="turn a decoder's hidden states, where that loses less")
+    ] = False,
     device: Annotated[str, typer.Option(help="the device that the plan is measured on")] = "cpu",
     seed: Annotated[int, typer.Option(help="of whatever is drawn at random")] = 0,
     report: Annotated[
@@ -38,7 +48,7 @@ def compress(
     from narrowcast.files import check_writable
 
     if dry_run:
-        prediction = narrowcast.predict(source, recipe=recipe, data=data, seed=seed)
+        prediction = narrowcast.predict(source, recipe=recipe, data=data, group_size=group_size, seed=seed)
         if json:
             output.print_json(prediction.as_dict())
         else:
@@ -50,8 +60,9 @@ def compress(
             check_writable(file)
     with output.progress(quiet=json) as progress:
         plan = narrowcast.compress(
-            source, recipe=recipe, data=data, budget=budget, objective=objective, kv_cache=kv_cache, device=device, seed=seed,
-            progress=progress, work=out.with_name(f".{out.name}.work"),
+            source, recipe=recipe, data=data, budget=budget, objective=objective, kv_cache=kv_cache,
+            group_size=group_size, symmetric=symmetric, rotate=rotate, device=device, seed=seed, progress=progress,
+            work=out.with_name(f".{out.name}.work"),
         )  # fmt: skip
         plan.save(out)
     content = None if report is None else write_report(narrowcast.Plan.load(out), report)

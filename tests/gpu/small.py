@@ -19,7 +19,12 @@ def main() -> int:
         print("needs a CUDA device, and torch sees none here")
         return 1
     compiled = [op for op in OPS.values() if "cuda" in backends(op.name)]
-    bad = [what for op in compiled for a in cases(op, CASES, SEED) if (what := wrong(op, a, "cuda", "cuda"))]
+    bad = [
+        what
+        for op in compiled
+        for a in cases(op, CASES, SEED, "cuda")
+        if (what := wrong(op, a, "cuda", "cuda"))
+    ]
     print("\n".join([*bad, f"{len(compiled)} ops, {len(bad)} cases wrong"]))
     return 1 if bad or not compiled else 0
 

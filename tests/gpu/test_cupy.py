@@ -28,6 +28,39 @@ def test_an_array_written_in_place_is_the_callers():
     assert not bool(k_cache[:, :, 5:].any())
 
 
+def test_nothing_is_copied_on_the_way(monkeypatch):
+    seen = {}
+
+    def noting(function, address):
+        def call(array, *options):
+            made = function(array, *options)
+            seen[address(made)] = address(array)
+            return made
+
+        return call
+
+    address = lambda a: a.data_ptr() if isinstance(a, torch.Tensor) else a.data.ptr  # noqa: E731
+    monkeypatch.setattr(torch, "from_dlpack", noting(torch.from_dlpack, address))
+    monkeypatch.setattr(cupy, "from_dlpack", noting(cupy.from_dlpack, address))
+    x = cupy.random.randn(64, 256, dtype=cupy.float32)
+    q, scale = NF.quantize_int8(x)
+    assert {x.data.ptr, q.data.ptr, scale.data.ptr} <= set(seen) and all(a == b for a, b in seen.items())
+
+
+def test_results_are_ready_on_the_stream_of_cupy():
+    x = torch.randn(512, 1024, device="cuda")
+    array, weight = cupy.from_dlpack(x), cupy.ones(1024, dtype=cupy.float32)
+    wanted = norm_ref.rms_norm(x.cpu(), torch.ones(1024), 1e-5)
+    NF.rms_norm(array, weight, 1e-5)  # compiled by now
+    torch.cuda.synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with torch.cuda.stream(torch.cuda.Stream()), stream:
+        torch.cuda._sleep(20_000_000)  # torch's stream is late; what CuPy reads must not be early
+        copy = NF.rms_norm(array, weight, 1e-5) + 0
+        stream.synchronize()
+    assert_close(torch.from_dlpack(copy).cpu(), wanted)
+
+
 def test_work_on_a_stream_of_cupy_comes_first():
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:

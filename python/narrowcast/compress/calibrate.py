@@ -118,8 +118,9 @@ def token_windows(text: str, tokenizer: Any, bos: int | None, length: int, count
 
 def text_batches(texts: Sequence[str], tokenizer: Any, length: int, size: int) -> list[tuple[Tensor, Tensor]]:
     """(input_ids, attention_mask) of sentences in their order, padded to the longest of each batch."""
-    batches = []
-    for first in range(0, len(texts), size):
-        rows = [tokenizer.encode(t).ids[:length] for t in texts[first : first + size]]
-        batches.append(padded(rows, step=1, most=None))
-    return batches
+    return row_batches([tokenizer.encode(t).ids[:length] for t in texts], size)
+
+
+def row_batches(rows: Sequence[list[int]], size: int) -> list[tuple[Tensor, Tensor]]:
+    """(input_ids, attention_mask) of rows of token ids in their order, padded to the longest of each batch."""
+    return [padded(rows[first : first + size], step=1, most=None) for first in range(0, len(rows), size)]

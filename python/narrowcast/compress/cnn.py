@@ -1,71 +1,43 @@
-"""Convolutional networks to INT8: static uint8 activations whose ranges are searched, int8 edges between
-layers, per-channel weights, bias correction, and the few layers that carry most of the loss left in float."""
+"""Convolutional networks to INT8 or, below that, W4A8: static uint8 activations whose ranges are searched by the
+model's output, int8 edges between layers, weights per output channel rounded for what the layers before them make
+of the pictures, and the few layers that carry most of the loss left in float or at 8 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from narrowcast.formats import Int8Weight
 from narrowcast.graph import Graph
+from narrowcast.graph.int4_codes import add_codes
 from narrowcast.graph.passes.match import Layer, argument, calls, only_user
 
+from .adaround import RoundedConv
+from .equalize import equalize
+from .ranges import Edge, Quantiser, Ranges, choose_method, observe_edges, output_error, refine_edges
+from .round_convs import round_convs
+from .simulation import Simulation, float_outputs
 from .transformer import Decision, layer_name
-from .weights import int8_rows, sqnr_db
+from .weights import nearest_rows
 
 aten = torch.ops.aten
 ops = torch.ops.narrowcast
 
-#: Values of an edge kept to search its range on.
-_SAMPLE = 1 << 16
 #: Layers left in float may hold this share of the weight multiply-adds together.
 FLOAT_BUDGET = 0.045
 #: A layer stands out when it alone causes this many times the median loss.
 STANDS_OUT = 8.0
+#: Of the weights that could have 4 bits, the share that keeps 8 because it would lose most by it.
+EIGHT_BIT_SHARE = 0.15
+#: Pictures that ranges, equalisation and single layers' losses are judged on.
+SEARCHED, JUDGED = 32, 8
+#: Evaluations of the output that single edges get.
+EDGE_TRIALS = 40
 
-
-@dataclass
-class Edge:
-    """What an image between two layers looks like, over the calibration images."""
-
-    low: float = 0.0
-    high: float = 0.0
-    sample: Tensor | None = None
-    mean: Tensor | None = None  #: per channel
-    images: int = 0
-
-    def add(self, x: Tensor, generator: torch.Generator) -> None:
-        x = x.float()
-        self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
-        mean = x.mean((0, 2, 3))
-        if self.mean is None:
-            self.mean, self.sample = mean, x.new_empty(0)
-        else:
-            self.mean = self.mean + (mean - self.mean) * (x.shape[0] / (self.images + x.shape[0]))
-        self.images += x.shape[0]
-        flat = x.flatten()
-        picked = flat[torch.randint(flat.numel(), (4096,), generator=generator)]
-        self.sample = torch.cat((self.sample, picked))[-_SAMPLE:]
-
-    def quantiser(self) -> tuple[float, int]:
-        """(scale, zero point) of uint8, the range that leaves the least squared error on the sample."""
-        ordered = self.sample.sort().values
-        best = (float("inf"), 1.0, 0)
-        for share in (0.0, 1e-5, 1e-4, 5e-4, 1e-3):
-            cut = int(share * ordered.numel())
-            low = min(0.0, self.low if cut == 0 else ordered[cut].item())
-            high = max(0.0, self.high if cut == 0 else ordered[-1 - cut].item())
-            scale = max((high - low) / 255, 1e-8)
-            zero = max(0, min(255, round(-low / scale)))
-            q = ((ordered / scale).round() + zero).clamp(0, 255)
-            error = ((q - zero) * scale - ordered).square().sum().item()
-            if error < best[0]:
-                best = (error, scale, zero)
-        return best[1], best[2]
+Batches = Sequence[tuple[Tensor, ...]]
+Progress = Callable[[str, int, int], Any] | None
 
 
 # --- preparation ----------------------------------------------------------------------------------
@@ -111,69 +83,35 @@ def absorb_padding(graph: Graph) -> int:
     return count
 
 
-def observe_edges(
-    graph: Graph, batches: Sequence[tuple[Tensor, ...]], progress: Callable[[str, int, int], Any] | None
-) -> dict[fx.Node, Edge]:
-    """Every image that a convolution reads, adds or makes."""
-    generator = torch.Generator().manual_seed(0)
-    edges: dict[fx.Node, Edge] = {}
-    for index, inputs in enumerate(batches):
-        seen: set[fx.Node] = set()
-
-        def observe(node, args, kwargs, output, seen=seen):
-            if not calls(node, ops.conv2d.default):
-                return
-            layer = Layer(node)
-            if layer["x"] not in seen:
-                edges.setdefault(layer["x"], Edge()).add(args[0], generator)
-                seen.add(layer["x"])
-            edges.setdefault(node, Edge()).add(output, generator)
-            seen.add(node)
-
-        graph.run(*inputs, observe=observe)
-        if progress is not None:
-            progress("calibrating", index + 1, len(batches))
-    return edges
-
-
-def weight_macs(graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> dict[fx.Node, int]:
+def weight_macs(graph: Graph, batches: Batches) -> dict[fx.Node, int]:
     """Multiply-adds of every layer for one image."""
     macs: dict[fx.Node, int] = {}
 
     def observe(node, args, kwargs, output):
         if calls(node, ops.conv2d.default):
-            weight = args[1]
-            macs[node] = output[0].numel() * weight[0].numel()
+            macs[node] = output[0].numel() * args[1][0].numel()
         elif calls(node, ops.linear.default):
             macs[node] = args[1].numel()
 
-    graph.run(*(x[:1] for x in batches[0]), observe=observe)
+    graph.run(*batches[0], observe=observe)
     return macs
 
 
 def sensitivity(
-    graph: Graph,
-    inputs: tuple[Tensor, ...],
-    rounded: dict[fx.Node, Int8Weight],
-    progress: Callable[[str, int, int], Any] | None,
+    graph: Graph, inputs: Batches, nearest: Mapping[fx.Node, Tensor], progress: Progress = None
 ) -> dict[fx.Node, float]:
-    """KL divergence of the outputs when one layer's weights alone are those of ``rounded``."""
-    reference = graph.run(*inputs)[0].float().log_softmax(-1)
+    """Output error when one layer's weight alone is that of ``nearest``."""
+    reference = float_outputs(graph, list(inputs))
     losses = {}
-    for index, (node, quantised) in enumerate(rounded.items()):
+    for index, (node, rounded) in enumerate(nearest.items()):
         name = Layer(node)["weight"].target
         weight = graph.weights[name]
-        graph.weights[name] = _dequantised(quantised, weight)
-        ours = graph.run(*inputs)[0].float().log_softmax(-1)
+        graph.weights[name] = rounded.to(weight.dtype)
+        losses[node] = output_error(reference, float_outputs(graph, list(inputs)))
         graph.weights[name] = weight
-        losses[node] = (reference.exp() * (reference - ours)).sum(-1).mean().item()
         if progress is not None:
-            progress("sensitivity", index + 1, len(rounded))
+            progress("sensitivity", index + 1, len(nearest))
     return losses
-
-
-def _dequantised(quantised: Int8Weight, weight: Tensor) -> Tensor:
-    return quantised.dequantize().reshape(weight.shape)
 
 
 def median(losses: dict[fx.Node, float]) -> float:
@@ -194,44 +132,149 @@ def stand_out(losses: dict[fx.Node, float], macs: dict[fx.Node, int]) -> list[fx
     return kept
 
 
-# --- rewriting ------------------------------------------------------------------------------------
+def eight_bit_layers(
+    graph: Graph, candidates: Sequence[fx.Node], batches: Batches, share: float, progress: Progress = None
+) -> set[fx.Node]:
+    """Of layers that could have 4 bits those to leave at 8: most loss for each byte, ``share`` of their weights."""
+    size = {node: graph.weight(Layer(node)["weight"]).numel() for node in candidates}
+    nearest = {node: nearest_rows(graph.weight(Layer(node)["weight"]), 4) for node in candidates}
+    losses = sensitivity(graph, batches, nearest, progress)
+    kept, left = set(), share * sum(size.values())
+    for node in sorted(candidates, key=lambda n: losses[n] / size[n], reverse=True):
+        if size[node] <= left:
+            kept.add(node)
+            left -= size[node]
+    return kept
+
+
+def can_have_4_bits(graph: Graph, node: fx.Node) -> bool:
+    """Dense convolutions of some depth; a depthwise filter has too few taps to make up for coarse codes."""
+    weight = graph.weight(Layer(node)["weight"])
+    return (Layer(node)["groups"] or 1) == 1 and weight[0].numel() >= 16 and weight.numel() % 2 == 0
+
+
+def some(batches: Batches, pictures: int) -> list[tuple[Tensor, ...]]:
+    """The first batches, as many as hold so many pictures; whole ones, as a model may take a fixed number."""
+    taken: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        if sum(b[0].shape[0] for b in taken) < pictures:
+            taken.append(batch)
+    return taken
+
+
+# --- the recipe -----------------------------------------------------------------------------------
 
 
 def quantize_cnn(
     graph: Graph,
-    batches: Sequence[tuple[Tensor, ...]],
-    keep_float: set[str],
-    progress: Callable[[str, int, int], Any] | None = None,
-    edges: dict[fx.Node, Edge] | None = None,
-) -> list[Decision]:
+    batches: Batches,
+    keep_float: Collection[str],
+    progress: Progress = None,
+    bits: int = 8,
+) -> tuple[list[Decision], dict[str, Any]]:
     """Every convolution that does not stand out becomes conv2d_int8. In place.
 
-    edges: what :func:`observe_edges` saw in this graph; then ``keep_float`` alone says what stays in float.
+    bits: of the weights, 8 or 4; at 4, depthwise layers and those that lose most keep 8.
+    Returns what became of every layer, and what was tried: the output errors of the range rules, of the ranges
+    chosen edge by edge and of equalisation.
     """
     absorb_padding(graph)
-    rounded = {
-        node: int8_rows(graph.weight(Layer(node)["weight"])) for node in graph.calls(ops.conv2d.default)
-    }
-    losses: dict[fx.Node, float] = {}
-    if edges is None:
-        edges = observe_edges(graph, batches, progress)
-        losses = sensitivity(graph, tuple(x[:8] for x in batches[0]), rounded, progress)
-    in_float = set(stand_out(losses, weight_macs(graph, batches))) if losses else set()
+    searched = some(batches, SEARCHED)
+    about: dict[str, Any] = {"equalisation": equalize(graph, batches, searched)}
+    edges = observe_edges(graph, batches, progress)
+    convolutions = list(graph.calls(ops.conv2d.default))
+    judged = some(batches, JUDGED)
+    nearest = {node: nearest_rows(graph.weight(Layer(node)["weight"]), 8) for node in convolutions}
+    losses = sensitivity(graph, judged, nearest, progress)
+    in_float = set(stand_out(losses, weight_macs(graph, batches)))
     usual = median(losses)
-    decisions, rewritten = [], {}
-    for node in list(graph.calls(ops.conv2d.default)):
+    decisions = []
+    for node in convolutions:
         name = layer_name(Layer(node))
         if name in keep_float or node in in_float:
             why = "asked for" if name in keep_float else f"{losses[node] / usual:.0f} times the median loss"
             decisions.append(Decision(name, "conv2d", "float32", why=why))
             in_float.add(node)
-    quantisers = {node: edge.quantiser() for node, edge in edges.items()}
+    reference = float_outputs(graph, searched)
+
+    def simulated(ranges: Ranges) -> float:
+        return output_error(reference, Simulation(graph, searched, ranges, {}, in_float).outputs())
+
+    ranges, about["ranges"] = choose_method(edges, simulated)
+    bits_of = {node: 8 for node in convolutions if node not in in_float}
+    if bits == 4:
+        candidates = [node for node in bits_of if can_have_4_bits(graph, node)]
+        eight = eight_bit_layers(graph, candidates, judged, EIGHT_BIT_SHARE, progress)
+        bits_of |= {node: 4 for node in candidates if node not in eight}
+    rounded = round_convs(
+        graph, list(batches), ranges, bits_of, in_float, lambda node: bits_of[node] < 8, progress
+    )
+
+    def measured(ranges: Ranges) -> float:
+        return output_error(reference, float_outputs(_int8(graph, rounded, ranges), searched))
+
+    ranges, about["edges_with_a_range_of_their_own"] = refine_edges(edges, ranges, measured, EDGE_TRIALS)
+    rewrite(graph, rounded, ranges)
+    for made in rounded.values():
+        why = f"rounded by {made.rule}"
+        if bits == 4 and made.bits == 8:
+            why = "8 bits: sensitive, or few taps"
+        decisions.append(
+            Decision(
+                made.name, "conv2d_int8", f"int{made.bits}", sqnr_db=made.sqnr_db, why=why, notes=made.notes
+            )
+        )
+    return decisions, about
+
+
+def quantize_chosen(
+    graph: Graph, batches: Batches, edges: Mapping[fx.Node, Edge], keep_float: Collection[str]
+) -> list[Decision]:
+    """The same where it is settled which layers stay in float; ranges of the least squared error. In place.
+
+    edges: what :func:`observe_edges` saw in this graph, after :func:`absorb_padding`.
+    """
+    convolutions = list(graph.calls(ops.conv2d.default))
+    in_float = {node for node in convolutions if layer_name(Layer(node)) in keep_float}
+    ranges = {node: edge.quantiser() for node, edge in edges.items()}
+    bits_of = {node: 8 for node in convolutions if node not in in_float}
+    rounded = round_convs(graph, list(batches), ranges, bits_of, in_float, lambda node: False, None)
+    rewrite(graph, rounded, ranges)
+    return [
+        Decision(c.name, "conv2d_int8", "int8", sqnr_db=c.sqnr_db, why=f"rounded by {c.rule}", notes=c.notes)
+        for c in rounded.values()
+    ]
+
+
+def _int8(graph: Graph, rounded: Mapping[fx.Node, RoundedConv], ranges: Ranges) -> Graph:
+    """A rewritten copy."""
+    copy = graph.clone()
+    of = {node.name: node for node in copy.fx.nodes}
+    rewrite(
+        copy,
+        {of[node.name]: made for node, made in rounded.items()},
+        {of[node.name]: quantiser for node, quantiser in ranges.items()},
+        packed=False,
+    )
+    return copy
+
+
+# --- rewriting ------------------------------------------------------------------------------------
+
+
+def rewrite(
+    graph: Graph, rounded: Mapping[fx.Node, RoundedConv], ranges: Ranges, packed: bool = True
+) -> None:
+    """Convolutions of ``rounded`` become conv2d_int8 between edges with the given ranges. In place.
+
+    packed: keep codes of 4 bits as such; else as int8.
+    """
+    rewritten: dict[fx.Node, fx.Node] = {}
     quantised_of: dict[fx.Node, fx.Node] = {}  # float edge -> its uint8 form
 
     def as_uint8(source: fx.Node, before: fx.Node) -> fx.Node:
         if source not in quantised_of:
-            scale, zero = quantisers[source]
-            arguments = (source, scale, zero, torch.uint8)
+            arguments = (source, *ranges[source], torch.uint8)
             made = graph.add_call(ops.quantize_int8_static.default, arguments, like=before)
             quantised_of[source] = made
             # Right behind its source: a later reader may come before this one in program order.
@@ -239,55 +282,34 @@ def quantize_cnn(
                 source.append(made)
         return quantised_of[source]
 
-    for node in list(graph.calls(ops.conv2d.default)):
-        if node in in_float:
-            continue
-        layer = Layer(node)
-        x_scale, x_zero = quantisers[layer["x"]]
-        x = as_uint8(layer["x"], node)
-        residual, residual_scale, residual_zero = layer["residual"], 1.0, 0
-        if residual is not None and residual in quantisers:
-            residual_scale, residual_zero = quantisers[residual]
+    for node, conv in rounded.items():
+        layer, name = Layer(node), conv.name
+        x, residual, of_residual = as_uint8(layer["x"], node), layer["residual"], (1.0, 0)
+        if residual is not None:
+            of_residual = ranges[residual]
             residual = as_uint8(residual, node)
-        weight = graph.weight(layer["weight"])
-        edge = edges[layer["x"]]
-        quantised = rounded[node]
-        restored = _dequantised(quantised, weight)
-        bias = torch.zeros(weight.shape[0]) if layer["bias"] is None else graph.weight(layer["bias"]).float()
-        correction = _expected(weight.float() - restored, edge.mean, layer["groups"])
-        name = layer_name(layer)
-        out_scale, out_zero = quantisers[node]
+        if conv.bits == 4 and packed:
+            codes = add_codes(graph, f"{name}.packed", conv.codes, before=node)
+        else:
+            codes = graph.add_weight(f"{name}.q", conv.codes, before=node)
         arguments = (
-            x, x_scale, x_zero,
-            graph.add_weight(f"{name}.q", quantised.q.reshape(weight.shape), before=node),
-            graph.add_weight(f"{name}.scale", quantised.scale, before=node),
-            graph.add_weight(f"{name}.bias_corrected", bias + correction, before=node),
+            x, *ranges[layer["x"]], codes,
+            graph.add_weight(f"{name}.scale", conv.scale, before=node),
+            graph.add_weight(f"{name}.bias_corrected", conv.bias, before=node),
             list(layer["stride"]), list(layer["padding"]), list(layer["dilation"]), layer["groups"],
-            layer["activation"], residual, residual_scale, residual_zero, layer["post_activation"],
-            out_scale, out_zero, torch.uint8,
+            layer["activation"], residual, *of_residual, layer["post_activation"], *ranges[node], torch.uint8,
         )  # fmt: skip
         made = graph.add_call(ops.conv2d_int8.default, arguments, like=node)
         made.meta["val"] = node.meta["val"]
-        rewritten[node] = made
-        quantised_of[node] = made
-        decisions.append(Decision(name, "conv2d_int8", "int8", sqnr_db=sqnr_db(weight.float(), restored)))
+        rewritten[node] = quantised_of[node] = made
 
     # Later layers first: a float layer that is about to go needs no float input.
     for node, made in reversed(rewritten.items()):
-        _serve_float_users(graph, node, made, quantisers[node])
+        _serve_float_users(graph, node, made, ranges[node])
     graph.clean()
-    return decisions
 
 
-def _expected(difference: Tensor, mean: Tensor, groups: int) -> Tensor:
-    """sum over taps and channels of (w - w_hat) * E[x]: what rounding the weights takes from a channel's mean."""
-    out, depth = difference.shape[:2]
-    per_tap = difference.sum((2, 3))  # [O, C / groups]
-    means = mean.reshape(groups, 1, depth).expand(groups, out // groups, depth).reshape(out, depth)
-    return (per_tap * means).sum(1)
-
-
-def _serve_float_users(graph: Graph, node: fx.Node, made: fx.Node, quantiser: tuple[float, int]) -> None:
+def _serve_float_users(graph: Graph, node: fx.Node, made: fx.Node, quantiser: Quantiser) -> None:
     """Users of a layer that want float: a global average pool reads the int8 image, others a dequantised one."""
     scale, zero = quantiser
     dequantised = None

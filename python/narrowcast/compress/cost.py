@@ -13,9 +13,9 @@ from narrowcast.graph.passes.match import Layer
 from narrowcast.runtime.executor import Executor
 
 from .calibrate import Statistics
-from .cnn import Edge
 from .forms import Draft, Form, Item, Known
 from .gptq import INT4, Rounded
+from .ranges import Edge
 
 ops = torch.ops.narrowcast
 

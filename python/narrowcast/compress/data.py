@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from narrowcast.errors import ArgumentError, FormatError
+from narrowcast.graph import Graph
+from narrowcast.graph.serialize import input_type
 from narrowcast.runtime.tasks import picture_files
 from narrowcast.runtime.text import load_tokenizer
 
@@ -20,6 +22,31 @@ from narrowcast.runtime.text import load_tokenizer
 LEAST_SENTENCE = 20
 
 Label = int | str
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def fixed_batch(graph: Graph) -> int | None:
+    """How many pictures a model always takes at once (files are often made for one); None: any number."""
+    size = input_type(graph.inputs[0])[1][0]
+    return size if isinstance(size, int) else None
+
+
+def picture_batches(pictures: Tensor, size: int, fixed: int | None) -> list[tuple[Tensor, ...]]:
+    """Rows of [N, 3, H, W] in batches of ``size``; a last batch that a fixed size does not fit is left out.
+
+    Raises ArgumentError when there are fewer pictures than a fixed batch.
+    """
+    batches = [(x,) for x in pictures.split(size)]
+    if fixed is not None and batches[-1][0].shape[0] < fixed:
+        batches.pop()
+    if not batches:
+        raise ArgumentError(
+            f"data must hold at least {5 * (fixed or 1)} pictures: the model takes {fixed} at once, and a fifth "
+            "of them is held out"
+        )
+    return batches
 
 
 # --- texts ----------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ def _images(
     for first in range(0, len(pictures), BATCH):
         # Each model has its own size and normalisation of a picture; a tensor is what both take.
         for part, executor in zip(parts, executors):
-            output = executor(_batch(pictures[first : first + BATCH], executor))
+            output = _outputs(executor, _batch(pictures[first : first + BATCH], executor))
             if not isinstance(output, Tensor) or output.dim() != 2:
                 raise UnsupportedError("evaluate measures image models with one output [N, classes]")
             part.append(output.float().cpu())
@@ -320,6 +320,22 @@ def _images(
         for rows, suffix in zip(logits, ("", "_reference")):
             results |= measure.accuracy_metrics(rows[labelled], target, suffix)
     return len(pictures), results
+
+
+def _outputs(executor: Executor, x: Tensor) -> Any:
+    """What a model makes of any number of pictures, also one that takes a fixed number at once."""
+    size = executor.batch_size
+    if size is None or size == x.shape[0]:
+        return executor(x)
+    parts = []
+    for part in x.split(size):
+        rows = part.shape[0]
+        # The last pictures are repeated to fill a batch up, and their second results dropped.
+        output = executor(torch.cat([part, *[part[-1:]] * (size - rows)]))
+        if not isinstance(output, Tensor):
+            return output
+        parts.append(output[:rows])
+    return torch.cat(parts)
 
 
 def _batch(pictures: Sequence[Path | Tensor], executor: Executor) -> Tensor:

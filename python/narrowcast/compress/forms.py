@@ -20,8 +20,9 @@ from narrowcast.graph.passes.match import Layer
 
 from . import embedding
 from .calibrate import Statistics
-from .cnn import Edge, quantize_cnn
+from .cnn import quantize_chosen
 from .gptq import INT4, Rounded, round_weight
+from .ranges import Edge
 from .transformer import (
     Decision,
     activation_group,
@@ -262,7 +263,7 @@ class ConvInt8(Int8):
 
     def apply(self, draft: Draft, items: Sequence[Item]) -> list[Decision]:
         edges = {draft.of[node]: edge for node, edge in draft.known.edges.items()}
-        made = quantize_cnn(draft.graph, draft.known.images, draft.others(items), edges=edges)
+        made = quantize_chosen(draft.graph, draft.known.images, edges, draft.others(items))
         return _only(made, items)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from narrowcast import _runtime
 from narrowcast.errors import ArgumentError
-from narrowcast.formats import GroupedWeight, pack_int4
+from narrowcast.formats import GroupedWeight, Int8Weight, pack_int4
 
 #: Added to the diagonal of H, as shares of its mean: the first with which H can be factored is taken.
 DAMPING = (0.01, 0.1, 1.0)
@@ -37,6 +37,7 @@ class Grid:
 INT4 = Grid(0, 15, True)
 INT4_SYMMETRIC = Grid(-8, 7, False)
 INT8 = Grid(-127, 127, False)
+INT8_ROWS = Grid(-127, 127, False, half=False)  #: with one group per row: the weights of linear_dynamic_int8
 
 
 @dataclass
@@ -62,6 +63,10 @@ class Rounded:
         """float32 [N, K]."""
         groups = self.codes.float().unflatten(1, (-1, self.group_size))
         return (groups * self.scale[..., None] + self.offset[..., None]).flatten(1)
+
+    def rows(self) -> Int8Weight:
+        """In the layout of ``linear_dynamic_int8``; for int8 codes in a single group per row."""
+        return Int8Weight(self.codes, self.scale[:, 0].contiguous())
 
     def weight(self) -> GroupedWeight:
         """In the layout of ``linear_grouped``."""

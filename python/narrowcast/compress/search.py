@@ -35,10 +35,11 @@ from narrowcast.runtime.executor import Executor
 
 from . import cost, knapsack
 from .calibrate import collect
-from .cnn import absorb_padding, observe_edges
+from .cnn import absorb_padding
 from .forms import FORMS, Draft, Form, Item, Known, items_of
 from .gptq import Rounded
 from .judge import Judge, Verdict
+from .ranges import observe_edges
 from .sensitivity import Progress, scan
 from .sequential import round_in_sequence
 from .transformer import Decision, int4_targets, layer_name

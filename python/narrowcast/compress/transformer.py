@@ -15,7 +15,7 @@ from narrowcast.graph.passes.match import Layer, calls
 
 from . import embedding
 from .calibrate import Statistics
-from .gptq import INT4, INT4_SYMMETRIC, Rounded
+from .gptq import INT4, INT4_SYMMETRIC, INT8_ROWS, Rounded
 from .sequential import Target
 from .weights import grouped, int8_rows, sqnr_db
 
@@ -56,9 +56,7 @@ def layer_name(layer: Layer) -> str:
 # --- smoothing ------------------------------------------------------------------------------------
 
 
-def smooth(
-    graph: Graph, statistics: dict[fx.Node, Statistics], activation_group: int
-) -> dict[fx.Node, float]:
+def smooth(graph: Graph, statistics: dict[fx.Node, Statistics], group_size: int) -> dict[fx.Node, float]:
     """SmoothQuant: moves outliers of activations into weights, where a norm or a gate can take the inverse.
 
     For each norm that only feeds dense layers, and each gated activation that feeds one, the exponent is
@@ -80,7 +78,8 @@ def smooth(
             continue
         found = statistics[users[0]]
         weights = [graph.weight(layer["weight"]).float() for layer in layers]
-        alpha, scale = _search(found, torch.cat(weights), activation_group)
+        depth = weights[0].shape[1]
+        alpha, scale = _search(found, torch.cat(weights), activation_group(depth, group_size))
         for user in users:
             chosen[user] = alpha
         if alpha == 0.0:
@@ -133,7 +132,7 @@ def _scalable(graph: Graph, node: fx.Node):
     return divide
 
 
-def _search(found: Statistics, weight: Tensor, activation_group: int) -> tuple[float, Tensor]:
+def _search(found: Statistics, weight: Tensor, group_size: int) -> tuple[float, Tensor]:
     x = found.sample
     reference = x @ weight.t()
     amax = found.amax.clamp(min=1e-5)
@@ -146,7 +145,7 @@ def _search(found: Statistics, weight: Tensor, activation_group: int) -> tuple[f
         if alpha:
             scale = scale / scale.log().mean().exp()  # only ratios matter; keep the weights' size
         q = _fake_weight(weight * scale)
-        error = (_fake_activation(x / scale, activation_group) @ q.t() - reference).square().sum().item()
+        error = (_fake_activation(x / scale, group_size) @ q.t() - reference).square().sum().item()
         # Without a real gain the simpler graph stays.
         if error < best[0] * (0.98 if best[1] == 0.0 else 1.0):
             best = (error, alpha, scale)
@@ -167,17 +166,48 @@ def _fake_activation(x: Tensor, group_size: int) -> Tensor:
 
 
 def activation_group(depth: int, wanted: int) -> int:
-    """The group that divides a layer's inputs, or 0 (one scale per token)."""
-    return wanted if wanted and depth % wanted == 0 and depth > wanted else 0
+    """The largest group up to ``wanted`` that divides a layer's inputs, or 0 (one scale per token)."""
+    return fitting_group(depth, wanted, 0) if depth > wanted else 0
+
+
+def fitting_group(depth: int, wanted: int, otherwise: int = 32) -> int:
+    """The largest multiple of 32 up to ``wanted`` that divides ``depth``, or ``otherwise``."""
+    return next((size for size in range(wanted, 0, -32) if depth % size == 0), otherwise)
+
+
+def _fallback(depth: int, wanted: int, size: int) -> list[str]:
+    """What to say of a layer whose groups are not the wanted ones."""
+    if size == wanted or depth <= wanted:
+        return []
+    instead = f"it has groups of {size}" if size else "it has one scale per token"
+    return [f"groups of {wanted} do not divide its {depth} inputs: {instead}"]
+
+
+def int8_targets(graph: Graph, group_size: int, keep_float: set[str]) -> dict[fx.Node, Target]:
+    """The dense layers whose weights quantize_int8 makes int8, for round_in_sequence."""
+    tables = {node.args[0].target for node in embedding.large_tables(graph)}
+    targets = {}
+    for node in graph.calls(ops.linear.default):
+        layer = Layer(node)
+        name, depth = layer_name(layer), graph.weight(layer["weight"]).shape[1]
+        if name not in keep_float and layer["weight"].target not in tables:
+            targets[node] = Target(name, INT8_ROWS, depth, 8, activation_group(depth, group_size))
+    return targets
 
 
 def quantize_int8(
-    graph: Graph, statistics: dict[fx.Node, Statistics], group_size: int, keep_float: set[str]
+    graph: Graph,
+    statistics: dict[fx.Node, Statistics],
+    group_size: int,
+    keep_float: set[str],
+    alphas: Mapping[fx.Node, float] = MappingProxyType({}),
+    rounded: Mapping[fx.Node, Rounded] = MappingProxyType({}),
 ) -> list[Decision]:
-    """Every dense layer becomes linear_dynamic_int8; large tables become int8 rows. In place."""
-    alphas = smooth(
-        graph, {n: s for n, s in statistics.items() if layer_name(Layer(n)) not in keep_float}, group_size
-    )
+    """Every dense layer becomes linear_dynamic_int8; large tables become int8 rows. In place.
+
+    alphas: what smooth chose. rounded: layers whose weights round_in_sequence has made; the others go to the
+    nearest code, and what that adds to their outputs on average is taken from their bias.
+    """
     decisions = []
     shared: dict[str, tuple[dict, Int8Weight]] = {}
     for node in list(graph.calls(ops.linear.default)):
@@ -188,10 +218,11 @@ def quantize_int8(
             continue
         found = statistics.get(node)
         has_data = found is not None and found.rows > 0
-        quantised = int8_rows(weight, found.square if has_data else None)
+        made = rounded.get(node)
+        quantised = int8_rows(weight, found.square if has_data else None) if made is None else made.rows()
         group = activation_group(weight.shape[1], group_size)
         bias, correction = layer["bias"], None
-        if bias is not None and has_data:
+        if bias is not None and has_data and made is None:
             correction = (weight.float() - quantised.dequantize()) @ found.mean
             value = graph.weight(bias)
             bias = graph.add_weight(
@@ -200,7 +231,11 @@ def quantize_int8(
         parts = _rows(graph, name, quantised, node)
         shared[layer["weight"].target] = (parts, quantised)
         decision = Decision(name, "linear_dynamic_int8", "int8", alpha=alphas.get(node), group_size=group)
-        if has_data:
+        decision.notes += _fallback(weight.shape[1], group_size, group)
+        if made is not None:
+            decision.damping, decision.dead, decision.sqnr_db = made.damping, made.dead, made.sqnr_db
+            decision.notes += made.notes
+        elif has_data:
             reference = found.sample @ weight.float().t()
             ours = _fake_activation(found.sample, group) @ quantised.dequantize().t()
             ours = ours if correction is None else ours + correction
@@ -252,10 +287,6 @@ def int4_targets(
         if name not in keep_float and layer["weight"].target not in tables and depth % 32 == 0:
             targets[node] = Target(name, grid, fitting_group(depth, group_size), activation_bits)
     return targets
-
-
-def fitting_group(depth: int, wanted: int) -> int:
-    return wanted if depth % wanted == 0 else 32
 
 
 def quantize_grouped(
@@ -315,6 +346,8 @@ def quantize_grouped(
         elif importance is not None:
             reference = found.sample @ weight.float().t()
             decision.sqnr_db = sqnr_db(reference, found.sample @ quantised.dequantize().t())
+        if quantised is not own and layer["weight"].target not in tables:
+            decision.notes += _fallback(weight.shape[1], group_size, quantised.group_size)
         decisions.append(decision)
         x = layer["x"]
         if quantised.columns is not None:

@@ -36,6 +36,13 @@ def int8_rows(weight: Tensor, importance: Tensor | None = None) -> Int8Weight:
     return Int8Weight(q.reshape(weight.shape) if weight.dim() == 2 else q, best)
 
 
+def nearest_rows(weight: Tensor, bits: int) -> Tensor:
+    """The weight [O, ...] with every value at the nearest of 2^bits codes of its row's whole range, in float32."""
+    rows, most = weight.detach().float().flatten(1), 2 ** (bits - 1) - 1
+    scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / most
+    return ((rows / scale).round() * scale).reshape(weight.shape)
+
+
 def grouped(
     weight: Tensor, bits: int, group_size: int, importance: Tensor | None = None, symmetric: bool = False
 ) -> GroupedWeight:

@@ -26,6 +26,7 @@ from narrowcast.errors import ArgumentError, FormatError, UnsupportedError, Veri
 from narrowcast.files import atomic_path
 
 from .ir import Graph
+from .record import check_document
 from .serialize import MAX_RANK, from_json, to_json
 
 FORMAT_VERSION = 1
@@ -135,6 +136,7 @@ class Plan:
             parts[kind][rest] = tensor
         try:
             graph = from_json(document["graph"], parts["weight"])
+            check_document(document["record"], document["certificate"], document["source"])
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from error
         return cls(

@@ -9,10 +9,11 @@ from typing import Any, BinaryIO
 
 from torch import fx
 
-from narrowcast.errors import FormatError, UnsupportedError
+from narrowcast.errors import UnsupportedError
 from narrowcast.files import atomic_path
 
 from .plan import Plan
+from .record import check_document, check_record
 from .serialize import target_name
 
 _PRODUCTS = {
@@ -23,8 +24,6 @@ _COLOURS = {"int8": "#2a7ab0", "int4": "#c4661f", "float32": "#777777"}
 #: Metrics of which float32 has a value of its own or, measured against itself, this one.
 _FLOAT32 = {"perplexity_increase": 0.0, "kl": 0.0, "same_top1": 1.0, "cosine": 1.0, "cosine_min": 1.0,
             "agreement": 1.0, "agreement_confident": 1.0}  # fmt: skip
-#: Damping of a Hessian that needed no second try.
-_FIRST_DAMPING = 0.01
 
 Times = dict[str, dict[str, float]]
 
@@ -38,7 +37,9 @@ def layers_of(plan: Plan, times: Times | None = None) -> list[dict[str, Any]]:
 
     Raises FormatError for a record that compress would not have written.
     """
-    rows = [_recorded(entry) for entry in _part(plan.record, "layers", list, [])]
+    check_record(plan.record)
+    first = plan.record.get("first_damping")
+    rows = [_recorded(entry, first) for entry in plan.record.get("layers") or []]
     owners = _owners(plan, [row["name"] for row in rows])
     reads = _reads(plan)
     of_node: dict[str, int] = {}
@@ -85,10 +86,11 @@ def report_of(plan: Plan, timing: dict[str, Any] | None = None) -> dict[str, Any
 
     Raises FormatError for a record or a certificate that compress would not have written.
     """
+    check_document(plan.record, plan.certificate, plan.source)
     certificate = plan.certificate
-    data = _part(certificate, "data", dict, None)
-    data_warnings = [str(w) for w in _part(data or {}, "warnings", list, [])]
-    warnings = [str(w) for w in _part(plan.record, "warnings", list, [])]
+    data = certificate.get("data")
+    data_warnings = (data or {}).get("warnings", [])
+    warnings = plan.record.get("warnings") or []
     layers = layers_of(plan, (timing or {}).get("nodes"))
     sizes: dict[str, dict[str, int]] = defaultdict(lambda: {"layers": 0, "bytes": 0})
     for row in layers:
@@ -126,39 +128,23 @@ def report_of(plan: Plan, timing: dict[str, Any] | None = None) -> dict[str, Any
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def _part(mapping: dict[str, Any], key: str, kind: type, default: Any) -> Any:
-    value = mapping.get(key)
-    if value is not None and not isinstance(value, kind):
-        raise FormatError(f"the plan's record is not well formed: {key}")
-    return default if value is None else value
-
-
-def _number(entry: dict[str, Any], key: str) -> float | None:
-    value = entry.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise FormatError(f"the plan's record is not well formed: {key}")
-    return value
-
-
-def _recorded(entry: Any) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise FormatError("the plan's record is not well formed: layers")
-    notes = [str(note) for note in _part(entry, "notes", list, [])]
-    dead, damping = _number(entry, "dead") or 0, _number(entry, "damping")
+def _recorded(entry: dict[str, Any], first_damping: float | None = None) -> dict[str, Any]:
+    """The row of a layer of the record. first_damping: that of a Hessian which needed no second try."""
+    notes, dead, damping = list(entry.get("notes", [])), entry.get("dead") or 0, entry.get("damping")
     if dead:
         notes.append(f"{dead} of its inputs were zero in all of the calibration data")
-    if damping is not None and damping > _FIRST_DAMPING:
+    if damping is not None and first_damping is not None and damping > first_damping:
         notes.append(f"rounded with damping {damping:g}")
     return {
-        "name": str(entry.get("name", "")),
-        "op": str(entry.get("op", "")),
-        "precision": str(entry.get("precision", "")),
+        "name": entry.get("name", ""),
+        "op": entry.get("op", ""),
+        "precision": entry.get("precision", ""),
         "bytes": 0,
-        "sqnr_db": _number(entry, "sqnr_db"),
-        "why": str(entry.get("why", "")),
+        "sqnr_db": entry.get("sqnr_db"),
+        "why": entry.get("why", ""),
         "notes": notes,
-        "group_size": _number(entry, "group_size") or 0,
-        "alpha": _number(entry, "alpha"),
+        "group_size": entry.get("group_size") or 0,
+        "alpha": entry.get("alpha"),
         "damping": damping,
         "dead": dead,
         "ms": {},
@@ -214,15 +200,13 @@ def _reads(plan: Plan) -> dict[fx.Node, list[str]]:
 
 
 def _metrics(certificate: dict[str, Any]) -> list[dict[str, Any]]:
-    values, bounds = _part(certificate, "metrics", dict, {}), _part(certificate, "bounds", dict, {})
+    values, bounds = certificate.get("metrics") or {}, certificate.get("bounds") or {}
     rows = []
-    for name in values:
-        pair = _part(bounds, name, list, [])
-        low, high = (_number(dict(enumerate(pair)), i) for i in (0, 1))  # type: ignore[arg-type]
-        before = _number(values, f"{name}_float32") if f"{name}_float32" in values else _FLOAT32.get(name)
-        row = {"name": name, "float32": before, "value": _number(values, name), "low": low, "high": high}
+    for name, value in values.items():
+        low, high = bounds.get(name, (None, None))
+        before = values.get(f"{name}_float32", _FLOAT32.get(name))
         if not name.endswith("_float32"):
-            rows.append(row)
+            rows.append({"name": name, "float32": before, "value": value, "low": low, "high": high})
     return rows
 
 

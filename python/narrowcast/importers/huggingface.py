@@ -24,7 +24,7 @@ from narrowcast.errors import ArgumentError, FormatError, UnsupportedError
 
 from . import quantized
 from .llama import export_decoder
-from .model import Model, describe_file
+from .model import Model, describe_shards
 from .torch_module import export
 
 ops = torch.ops.narrowcast
@@ -291,8 +291,7 @@ def from_folder(
     settings = _json(path / "config.json")
     if settings is None:
         raise FormatError(f"the folder {path.name!r} has no config.json")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
+    if not any(path.glob("*.safetensors")):
         raise UnsupportedError(f"the folder {path.name!r} has no .safetensors weights")
     kind = settings.get("model_type")
     if kind not in DECODERS + ENCODERS:
@@ -307,8 +306,9 @@ def from_folder(
     if held is not None:
         result.native = _native(result, model, held)
         result.config["quant_method"] = method["quant_method"]
+        result.warnings += held.warnings
     _add_texts(result, path)
-    result.source = {**describe_file(weights[0]), "path": path.name}
+    result.source = describe_shards(path, quantized.weight_files(path))
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ class Model:
     config: sizes and token ids, JSON-able.
     assets: files that travel with the model: "tokenizer.json", "chat_template", "labels" ...
     native: parameter name -> the source file's own quantised form, rows in the parameter's order.
-    source: "path" (the name only), "bytes" and "sha256" of a file; empty for an object in memory.
+    source: "path" (the name only), "bytes" and "sha256" of a file or of all shards; empty for an object in memory.
+    warnings: what is doubtful about the source, as sentences.
     """
 
     exported: torch.export.ExportedProgram
@@ -35,6 +37,7 @@ class Model:
     assets: dict[str, bytes] = field(default_factory=dict)
     native: dict[str, GroupedWeight | Int8Weight] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -46,6 +49,16 @@ def describe_file(path: Path) -> dict[str, Any]:
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     return {"path": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def describe_shards(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """``Model.source`` of a folder's weights. One file has its own sha256; several have that of their names and sums."""
+    parts = [describe_file(f) for f in files]
+    digest = parts[0]["sha256"]
+    if len(parts) > 1:
+        lines = "".join(f"{part['path']} {part['sha256']}\n" for part in parts)
+        digest = hashlib.sha256(lines.encode()).hexdigest()
+    return {"path": folder.name, "bytes": sum(part["bytes"] for part in parts), "sha256": digest}
 
 
 def load_model(

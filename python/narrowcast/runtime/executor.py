@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .. import dispatch
 from ..errors import ArgumentError, UnsupportedError
+from ..graph.int4_codes import resolved
 from ..graph.ir import Graph
+from ..graph.plan import Plan
 from . import explain as _explain
+from .captured import CapturedProgram, Finish
+from .cuda_graphs import CudaGraphs, is_served, layouts
 from .encoding import Encoder
 from .generation import Decoder
-from .program import Program, Shared
+from .program import Program
 from .sampling import Sampling
 from .threads import default_threads, threads
+from .trace import Shared, written_placeholders
 
 
 class Executor:
     """Runs a plan or a graph.
 
     source: a ``Plan``, a ``narrowcast.graph.Graph`` or a ``torch.fx.GraphModule`` in its dialect.
-    device: "cpu", "cuda", or "auto" (CUDA when there is one). An explicit "cuda" without a CUDA
-        device raises; nothing falls back in silence, and ``explain()`` names what runs how.
+    device: "cpu", "cuda", or "auto": CUDA when there is one and a backend that is proven on it, or that is asked for
+        (NARROWCAST_BACKEND), serves every op of the graph. An explicit "cuda" without a CUDA device raises; nothing
+        falls back in silence, and ``explain()`` names what runs how.
     threads: CPU threads of a call; default: the container's CPU quota capped by the affinity mask.
     batch_invariant: rows of a batch run one at a time, so that their results do not depend on what
         shares the batch (bit for bit), at the price of speed.
     max_programs, max_bytes: how many shapes stay prepared, and how many bytes they may hold; the
         least recently used go first.
 
-    A call takes tensors and returns a tensor, or a tuple when the graph has several outputs. Calls
-    from several threads are serialised.
+    A call takes tensors and returns a tensor, or a tuple when the graph has several outputs; results are where the
+    first input is. Inputs that the graph writes (caches) must be on the executor's device. Calls from several threads
+    are serialised. On a GPU a shape is captured in a CUDA graph when it comes for the second time.
     """
 
     def __init__(
@@ -51,20 +61,29 @@ class Executor:
     ):
         if threads is not None and threads < 1:
             raise ArgumentError(f"threads must be at least 1, got {threads}")
+        nodes, weights = resolved(*_contents(source))
         self.device = resolve_device(device)
+        if device == "auto" and self.device.type == "cuda" and not is_served(nodes, self.device):
+            self.device = torch.device("cpu")
         self.threads = threads or default_threads()
         self.batch_invariant = batch_invariant
         self.max_programs, self.max_bytes = max_programs, max_bytes
-        self.source = source
         self.kind: str = getattr(source, "kind", "generic")
         self.config: dict = getattr(source, "config", None) or {}
         self.assets: dict[str, bytes] = getattr(source, "assets", None) or {}
         #: Tokens asked for and tokens computed, padding included (decoders and encoders).
         self.waste = {"tokens": 0, "computed": 0}
-        self._shared = Shared(*_contents(source), self.device)
-        self._programs: OrderedDict[tuple, Program] = OrderedDict()
+        #: Captures programs; None on the CPU, whose loop needs no launches.
+        self.graphs = CudaGraphs(self.device) if self.device.type == "cuda" else None
+        formats = layouts(nodes, self.device) if self.graphs else None
+        with self.graphs.turn() if self.graphs else contextlib.nullcontext():
+            self._shared = Shared(nodes, weights, self.device, formats)
+        self.source = source if self.graphs is None else _without_weights(source)
+        self._programs: OrderedDict[tuple, Program | CapturedProgram] = OrderedDict()
         self._lock = threading.RLock()
         self._inputs = [n for n in self._shared.nodes.nodes if n.op == "placeholder"]
+        written = written_placeholders(nodes)
+        self._written = [i for i, n in enumerate(self._inputs) if n in written]
         self._placeholders = [n.name for n in self._inputs]
         self._expected = [_expected(n) for n in self._inputs]
 
@@ -79,26 +98,39 @@ class Executor:
             outputs = self._run(prepared)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
+    @property
+    def batch_size(self) -> int | None:
+        """Rows that the first input must have (files are often made for one); None: any number."""
+        shape = self._expected[0][1] if self._expected else ()
+        return shape[0] if shape and isinstance(shape[0], int) else None
+
     def _run(self, prepared: Sequence[Tensor]) -> list[Tensor]:
         with self._lock, threads(self.threads):
             return self._program(prepared).run(prepared)
 
-    def program(self, *inputs: Tensor) -> Program:
-        """The program for these shapes, built when it is new."""
+    def program(self, *inputs: Tensor, finish: Finish | None = None) -> Program | CapturedProgram:
+        """The program for these shapes, built when it is new. finish: see :mod:`captured`."""
         with self._lock, threads(self.threads):
-            return self._program(self._prepare(inputs))
+            return self._program(self._prepare(inputs), finish)
 
-    def run_program(self, program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run_program(
+        self, program: Program | CapturedProgram, inputs: Sequence[Any], **options: Any
+    ) -> list[Tensor]:
         """Runs what :meth:`program` returned, without checking the inputs again."""
-        inputs = [t if t.device == self.device else t.to(self.device) for t in inputs]
         with self._lock, threads(self.threads):
-            return program.run(inputs)
+            return program.run(inputs, **options)
 
-    def _program(self, inputs: Sequence[Tensor]) -> Program:
-        key = tuple((t.shape, t.dtype) for t in inputs)
+    def _program(self, inputs: Sequence[Tensor], finish: Finish | None = None) -> Program | CapturedProgram:
+        key: tuple = tuple((t.shape, t.dtype) for t in inputs)
+        if self.graphs:
+            key += (finish, dispatch.forced(), *(inputs[i].data_ptr() for i in self._written))
         program = self._programs.get(key)
         if program is None:
-            program = self._programs[key] = Program(self._shared, inputs)
+            if self.graphs:
+                program = CapturedProgram(self._shared, inputs, self.graphs, finish)
+            else:
+                program = Program(self._shared, inputs)
+            self._programs[key] = program
             self._trim()
         self._programs.move_to_end(key)
         return program
@@ -108,7 +140,7 @@ class Executor:
             len(self._programs) > self.max_programs
             or sum(p.bytes for p in self._programs.values()) > self.max_bytes
         ):
-            self._programs.popitem(last=False)
+            self._programs.popitem(last=False)[1].release()
 
     def _prepare(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         if len(inputs) != len(self._placeholders):
@@ -117,7 +149,7 @@ class Executor:
                 f"({', '.join(self._placeholders)}), got {len(inputs)}"
             )
         prepared = []
-        for name, (dtype, shape), tensor in zip(self._placeholders, self._expected, inputs):
+        for i, (name, (dtype, shape), tensor) in enumerate(zip(self._placeholders, self._expected, inputs)):
             if not isinstance(tensor, Tensor):
                 raise ArgumentError(f"{name} must be a tensor, got {type(tensor).__name__}")
             if dtype is not None and (
@@ -131,7 +163,14 @@ class Executor:
                     f"got {_dtype(tensor.dtype)} {list(tensor.shape)}"
                 )
             tensor = tensor.detach() if tensor.requires_grad else tensor
-            prepared.append(tensor if tensor.device == self.device else tensor.to(self.device))
+            if tensor.device != self.device:
+                if i in self._written:
+                    raise ArgumentError(
+                        f"{name} must be on {self.device}, since the graph writes to it, got {tensor.device}"
+                    )
+                if self.graphs is None:  # else a program copies it to its place
+                    tensor = tensor.to(self.device)
+            prepared.append(tensor)
         return prepared
 
     # Encoders
@@ -243,8 +282,7 @@ class Executor:
             program = self._program(prepared)
             times = []
             for _ in range(warmup + repeats):
-                program.load(prepared)  # a run reuses the place of its inputs
-                times.append(program.loop.run_timed())
+                times.append(program.run_timed(prepared))
             return _explain.profile(program, [median(t) for t in zip(*times[warmup:])])
 
     def memory(self, *inputs: Tensor) -> dict[str, int]:
@@ -254,12 +292,7 @@ class Executor:
         scratch: buffers of the steps; folded: precomputed results; weights: the graph's parameters;
         packed: their copies in the order of the kernels, made so far; programs: all prepared shapes.
         """
-        program = self.program(*inputs)
-        return {
-            "arena": program.arena.bytes,
-            "lower_bound": program.arena.lower_bound,
-            "scratch": program.scratch_bytes,
-            "folded": sum(b.bytes for b in program.buffers if b.kind == "folded"),
+        return self.program(*inputs).memory() | {
             "packed": self._shared.packed.bytes,
             "weights": self._shared.weight_bytes,
             "programs": sum(p.bytes for p in self._programs.values()),
@@ -297,6 +330,13 @@ def _contents(source: Any) -> tuple[fx.Graph, dict[str, Tensor]]:
             f"source must be a Plan, a Graph or a torch.fx.GraphModule, got {type(source).__name__}"
         )
     return graph.fx, graph.weights
+
+
+def _without_weights(source: Any) -> Any:
+    """What an executor keeps of a plan when its weights are elsewhere: not the canonical ones a second time."""
+    if isinstance(source, Plan):
+        return replace(source, graph=_without_weights(source.graph))
+    return Graph(source.fx, {}) if isinstance(source, Graph) else source
 
 
 def _expected(node: fx.Node) -> tuple[torch.dtype | None, Sequence[Any]]:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .program import Program
-from .trace import StepRecord, short_name
+from .trace import StepRecord, Trace, short_name
 
 
 @dataclass(frozen=True)
 class Row:
-    """One node. backend: view, folded, host, "native <kernel>" or "callback (<why>)"."""
+    """One node. backend: view, folded, host, "native <kernel>" or "callback (<why>)"; on a GPU "graph (<why>)", part of
+    a CUDA graph, or "eager (<why>)", launched by itself."""
 
     node: str
     op: str
@@ -37,8 +37,8 @@ class Explanation:
 
     @property
     def not_native(self) -> list[Row]:
-        """Every node that runs through Python."""
-        return [r for r in self.rows if r.backend.startswith("callback")]
+        """Every node that runs through Python in every call."""
+        return [r for r in self.rows if r.backend.startswith(("callback", "eager"))]
 
     @property
     def shares(self) -> dict[str, float]:
@@ -124,7 +124,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join([line(header), *map(line, rows)])
 
 
-def explain(program: Program) -> Explanation:
+def explain(program: Trace) -> Explanation:
     """See :meth:`Executor.explain`."""
     steps = {step.node: step for step in program.steps}
     rows, totals = [], {}
@@ -152,7 +152,7 @@ def explain(program: Program) -> Explanation:
     return Explanation(rows, totals)
 
 
-def profile(program: Program, seconds: list[float]) -> Profile:
+def profile(program: Trace, seconds: list[float]) -> Profile:
     """Seconds per step, with what each moved and multiplied."""
     total = sum(seconds) or 1.0
     rows = []
@@ -173,9 +173,9 @@ def profile(program: Program, seconds: list[float]) -> Profile:
 
 
 def backend(step: StepRecord) -> str:
-    """ "native avx512", or "callback (why)"."""
-    if step.backend == "callback":
-        return f"callback ({step.why})"
+    """ "native avx512", or "callback (why)" and its like."""
+    if step.backend != "native":
+        return f"{step.backend} ({step.why})"
     try:
         return f"native {torch.ops.narrowcast._op_variants(step.op).split(',')[0]}".rstrip()
     except RuntimeError:  # a room without a list of its own
@@ -191,7 +191,7 @@ def _bytes(step: StepRecord) -> int:
     return sum(t.numel() * t.element_size() for t in [*step.reads, *step.writes])
 
 
-def _weight(program: Program, step: StepRecord) -> Tensor | None:
+def _weight(program: Trace, step: StepRecord) -> Tensor | None:
     """The matrix or filter that a product takes: its largest constant operand."""
     constants = [t for t in step.reads if program.is_constant(t) and t.dim() >= 2]
     return max(constants, key=lambda t: t.numel(), default=None)
@@ -205,7 +205,7 @@ def _is_product(step: StepRecord) -> bool:
     return name.startswith(("linear", "conv")) or name in _PRODUCTS
 
 
-def _weights(program: Program, step: StepRecord) -> str:
+def _weights(program: Trace, step: StepRecord) -> str:
     if not _is_product(step):
         return ""
     weight = _weight(program, step)
@@ -222,7 +222,7 @@ def _bits(step: StepRecord) -> int:
     return int(node.args[5] if len(node.args) > 5 else node.kwargs["bits"])
 
 
-def _macs(program: Program, step: StepRecord) -> int:
+def _macs(program: Trace, step: StepRecord) -> int:
     out = step.writes[0] if step.writes else None
     name = step.op.removeprefix("aten.").split(".")[0]
     if out is None:

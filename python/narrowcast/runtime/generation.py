@@ -17,9 +17,11 @@ from torch import Tensor
 from ..errors import ArgumentError, UnsupportedError
 from .cache import KVCache, capacity_for, padded_length
 from .sampling import Sampling
+from .stepping import DecodeSteps
 from .text import TextStream, apply_chat_template, load_tokenizer
 
 if TYPE_CHECKING:
+    from .captured import CapturedProgram
     from .executor import Executor
     from .program import Program
 
@@ -40,7 +42,8 @@ class Decoder:
         if self.positions < 1:
             raise UnsupportedError('a decoder needs config["context"], the number of its positions')
         self._free: list[KVCache] = []
-        self._stepping: tuple[list[Tensor], Program] | None = None
+        self._stepping: tuple[list[Tensor], Program | CapturedProgram] | None = None
+        self._steps: DecodeSteps | None = None
 
     # Text
 
@@ -137,13 +140,14 @@ class Decoder:
         cache = self._take(len(prompts), capacity_for(wanted, self.positions))
         ended = [False] * len(prompts)
         try:
-            logits = self._prefill(prompts, cache) if limit > 0 else None
+            # Logits, or the tokens themselves where the device has chosen.
+            rows: Tensor | list[int] | None = self._prefill(prompts, cache) if limit > 0 else None
             for count in range(1, limit + 1):
                 tokens = [0] * len(prompts)
                 for i, generator in enumerate(generators):
                     if ended[i]:
                         continue
-                    tokens[i] = sampling.draw(logits[i], generator)
+                    tokens[i] = rows[i] if isinstance(rows, list) else sampling.draw(rows[i], generator)
                     if tokens[i] in eos:
                         ended[i] = True
                         continue
@@ -158,7 +162,7 @@ class Decoder:
                     cache.grow(capacity_for(max(lengths) + 1, self.positions))
                 # An ended sequence repeats its last slot; nobody reads it.
                 starts = [min(n, cache.capacity - 1) for n in lengths]
-                logits = self._step(tokens, starts, cache)
+                rows = self._step(tokens, starts, ended, cache, sampling.temperature == 0)
                 lengths = [n if over else n + 1 for n, over in zip(lengths, ended)]
         finally:
             self._free.append(cache)
@@ -182,10 +186,16 @@ class Decoder:
         self.executor.waste["computed"] += ids.numel()
         return self.executor(ids, start, rows, *cache.tensors)
 
-    def _step(self, tokens: list[int], starts: list[int], cache: KVCache) -> Tensor:
-        """Logits [B, V] after one token per sequence, always by the same program."""
+    def _step(
+        self, tokens: list[int], starts: list[int], ended: list[bool], cache: KVCache, greedy: bool
+    ) -> Tensor | list[int]:
+        """Logits [B, V] after one token per sequence, always by the same program; on a GPU a greedy choice."""
         for count in self.executor.waste:
             self.executor.waste[count] += len(tokens)
+        if self.executor.graphs:
+            if self._steps is None or self._steps.cache is not cache or self._steps.outgrown(greedy):
+                self._steps = DecodeSteps(self.executor, cache, greedy)
+            return self._steps.step(tokens, starts, ended)
         start = torch.tensor(starts, dtype=torch.int32)
         inputs = [torch.tensor(tokens).unsqueeze(1), start, torch.arange(len(tokens)), *cache.tensors]
         if self._stepping is None or self._stepping[0] is not cache.tensors:

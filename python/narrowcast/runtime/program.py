@@ -177,6 +177,9 @@ class Program(Trace):
 
         return compute_and_copy
 
+    def release(self) -> None:
+        """Called when the executor lets go of it; what it holds goes with it."""
+
     # Running
 
     def load(self, inputs: Sequence[Tensor]) -> None:
@@ -203,8 +206,22 @@ class Program(Trace):
             self.loop.run()
             return [t.clone() for t in self._results]
 
+    def run_timed(self, inputs: Sequence[Tensor]) -> list[float]:
+        """Seconds of every step."""
+        self.load(inputs)  # a run reuses the place of its inputs
+        return self.loop.run_timed()
+
     @property
     def bytes(self) -> int:
         """Arena, folded values and scratch of this program."""
-        folded = sum(b.bytes for b in self.buffers if b.kind == "folded")
-        return self.arena.bytes + folded + self.scratch_bytes
+        found = self.memory()
+        return found["arena"] + found["folded"] + found["scratch"]
+
+    def memory(self) -> dict[str, int]:
+        """As :meth:`Executor.memory` tells it."""
+        return {
+            "arena": self.arena.bytes,
+            "lower_bound": self.arena.lower_bound,
+            "scratch": self.scratch_bytes,
+            "folded": sum(b.bytes for b in self.buffers if b.kind == "folded"),
+        }

@@ -11,7 +11,7 @@ storage but no data. A node is then one of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,15 +62,28 @@ class StepRecord:
 class Shared:
     """What all programs of an executor share: weights, their packed and their meta forms."""
 
-    def __init__(self, nodes: fx.Graph, weights: dict[str, Tensor], device: torch.device):
+    def __init__(
+        self,
+        nodes: fx.Graph,
+        weights: dict[str, Tensor],
+        device: torch.device,
+        formats: Mapping[str, torch.memory_format] | None = None,
+    ):
         self.nodes, self.device = nodes, device
+        self.formats = formats or {}
+        moved: dict[tuple, Tensor] = {}
         self.packed = _runtime.PackCache()
         self.weights: dict[str, Tensor] = {}
         self.metas: dict[str, Tensor] = {}
         storages: dict[int, torch.UntypedStorage] = {}
         for node in nodes.nodes:
             if node.op == "get_attr" and node.target not in self.weights:
-                weight = _dense(weights[node.target].detach().to(device))
+                source, format = weights[node.target].detach(), self._format(node.target)
+                # Weights that are one stay one on another device.
+                same = (source.data_ptr(), source.dtype, source.shape, source.stride(), format)
+                if same not in moved:
+                    moved[same] = _dense(source.to(device), format)
+                weight = moved[same]
                 self.weights[node.target] = weight
                 storage = weight.untyped_storage()
                 if storage.data_ptr() not in storages:
@@ -85,6 +98,9 @@ class Shared:
         # A pack cache is keyed by address: only the first layout seen there may use it.
         self.layouts: dict[int, tuple] = {}
 
+    def _format(self, name: str) -> torch.memory_format:
+        return self.formats.get(name, torch.contiguous_format)
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, shared storage counted once."""
@@ -94,9 +110,13 @@ class Shared:
         return self.layouts.setdefault(view[0], view) == view
 
 
-def _dense(weight: Tensor) -> Tensor:
-    """Steps pack row-major weights: another order of dimensions is laid out anew, once. Expanded ones stay."""
-    return weight.contiguous() if weight.nbytes <= weight.untyped_storage().nbytes() else weight
+def _dense(weight: Tensor, format: torch.memory_format) -> Tensor:
+    """Steps read weights in one order: another order of dimensions is laid out anew, once. Expanded ones stay."""
+    return (
+        weight.contiguous(memory_format=format)
+        if weight.nbytes <= weight.untyped_storage().nbytes()
+        else weight
+    )
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -129,12 +149,40 @@ def _is_native(target: Any, device: torch.device) -> bool:
     )
 
 
-def _is_room(target: Any) -> bool:
+def is_room(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "narrowcast"
+
+
+def written_placeholders(graph: fx.Graph) -> set[fx.Node]:
+    """Placeholders that some op writes to, directly or through views: never copied."""
+    written = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        for i, argument in enumerate(schema.arguments):
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                while isinstance(value, fx.Node) and _is_view(value):
+                    value = value.args[0]
+                if isinstance(value, fx.Node) and value.op == "placeholder":
+                    written.add(value)
+    return written
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's result may share the memory of its first argument: a part of a tuple, or as its schema says."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or not node.args:
+        return False
+    return schema is None or schema.arguments[0].alias_info is not None
 
 
 class Trace:
     """The graph with concrete shapes: a value per node, a buffer per storage, the steps in order."""
+
+    #: Bytes of an input that is copied to a place of the program; larger ones are read where they are.
+    copied_up_to: float = COPY_BYTES
 
     def __init__(self, shared: Shared, inputs: Sequence[Tensor]):
         self.shared, self.device = shared, shared.device
@@ -149,7 +197,7 @@ class Trace:
 
     def _propagate(self, inputs: Sequence[Tensor]) -> None:
         graph = self.shared.nodes
-        written = self._written_placeholders(graph)
+        written = written_placeholders(graph)
         varying: set[fx.Node] = set()
         self._input_names: list[str] = []
         self._written: set[int] = set()
@@ -161,8 +209,8 @@ class Trace:
                 self._input_names.append(node.name)
                 if node in written:
                     self._written.add(position)
-                small = given.nbytes <= COPY_BYTES and node not in written
-                buffer = Buffer("input" if small else "bound", given.nbytes, position=position)
+                copied = given.nbytes <= self.copied_up_to and node not in written
+                buffer = Buffer("input" if copied else "bound", given.nbytes, position=position)
                 self._own(fake, buffer)
                 self.values[node], self.kinds[node] = fake, buffer.kind
                 varying.add(node)
@@ -185,21 +233,6 @@ class Trace:
                     f"node {node.name}: graphs hold call_function nodes only, got {node.op}; "
                     "export the model with torch.export"
                 )
-
-    def _written_placeholders(self, graph: fx.Graph) -> set[fx.Node]:
-        """Placeholders that some op writes to, directly or through views: never copied."""
-        written = set()
-        for node in graph.nodes:
-            schema = getattr(node.target, "_schema", None)
-            if node.op != "call_function" or schema is None or not schema.is_mutable:
-                continue
-            for argument, value in zip(schema.arguments, node.args):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    while isinstance(value, fx.Node) and value.op == "call_function" and value.args:
-                        value = value.args[0]
-                    if isinstance(value, fx.Node) and value.op == "placeholder":
-                        written.add(value)
-        return written
 
     def _propagate_call(self, node: fx.Node, varying: set[fx.Node]) -> None:
         args, kwargs = self._arguments(node, lambda fake: fake, META)
@@ -229,7 +262,7 @@ class Trace:
         native = _is_native(node.target, self.device)
         step = StepRecord(node, short_name(node.target), "native" if native else "callback", reads, writes)
         if not native:
-            step.why = "no native step" if _is_room(node.target) else "runs as its ATen op"
+            step.why = "no native step" if is_room(node.target) else "runs as its ATen op"
         index = len(self.steps)
         for fake in writes:
             if storage_key(fake) not in self._buffer_of:
@@ -259,7 +292,7 @@ class Trace:
         target = node.target
         if (
             any(n in varying for n in node.all_input_nodes)
-            or _is_room(target)
+            or is_room(target)
             or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
             or sum(t.untyped_storage().nbytes() for t in writes) > FOLD_BYTES
         ):

@@ -4,6 +4,7 @@ One file per format; ``checkpoint`` reads the files they lie in, ``codes`` place
 no kernel's form holds exactly comes as its values in float32.
 """
 
+from .checkpoint import weight_files
 from .folder import METHODS, Weights, read_folder, settings_of
 
-__all__ = ["METHODS", "Weights", "read_folder", "settings_of"]
+__all__ = ["METHODS", "Weights", "read_folder", "settings_of", "weight_files"]

@@ -30,23 +30,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @classmethod
     def of_folder(cls, folder: Path) -> Checkpoint:
-        """The files that the index of a folder names; without an index model.safetensors, or all there are."""
-        index = read_json(folder / "model.safetensors.index.json")
-        if index is not None:
-            names = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-                raise FormatError("model.safetensors.index.json has no weight_map of names")
-            files = [folder / name for name in sorted(set(names.values()))]
-            for file in files:
-                if file.parent != folder or not file.is_file():
-                    raise FormatError(f"model.safetensors.index.json names {file.name!r}, which is not there")
-        elif (folder / "model.safetensors").is_file():
-            files = [folder / "model.safetensors"]
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UnsupportedError(f"the folder {folder.name!r} has no .safetensors weights")
-        return cls(files)
+        """The tensors of :func:`weight_files`."""
+        return cls(weight_files(folder))
 
     def _open(self, path: Path) -> None:
         try:
@@ -82,6 +67,26 @@ class Checkpoint(Mapping[str, Tensor]):
         if name not in self._files:
             raise FormatError(f"the tensor {name!r} is missing")
         return self[name]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that the index of a folder names; without an index model.safetensors, or all there are."""
+    index = read_json(folder / "model.safetensors.index.json")
+    if index is not None:
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise FormatError("model.safetensors.index.json has no weight_map of names")
+        files = [folder / name for name in sorted(set(names.values()))]
+        for file in files:
+            if file.parent != folder or not file.is_file():
+                raise FormatError(f"model.safetensors.index.json names {file.name!r}, which is not there")
+    elif (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UnsupportedError(f"the folder {folder.name!r} has no .safetensors weights")
+    return files
 
 
 def integers(value: Any, limit: int) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from narrowcast.errors import Error, FormatError, UnsupportedError
 from narrowcast.formats import GroupedWeight, Int8Weight
 
-from . import awq, bitsandbytes, compressed_tensors, gptq, hqq, torchao
+from . import awq, bitsandbytes, compressed_tensors, doubts, gptq, hqq, torchao
 from .checkpoint import Checkpoint, Settings, read_json
 
 #: quant_method -> reader.
@@ -31,12 +31,14 @@ class Weights:
     """What a folder holds: values for every parameter, and the forms of those that were quantised.
 
     values: parameter name -> float tensor of the asked type. native: parameter name -> its quantised form;
-    weights that no kernel's form holds exactly are only in values. quantised: the names of both.
+    weights that no kernel's form holds exactly are only in values. quantised: the names of both. warnings: signs
+    that the file does not mean what its settings say.
     """
 
     values: dict[str, Tensor]
     native: dict[str, GroupedWeight | Int8Weight]
     quantised: set[str]
+    warnings: list[str]
 
 
 def settings_of(path: Path, config: Any) -> dict[str, Any] | None:
@@ -75,7 +77,7 @@ def read_folder(path: Path, settings: dict[str, Any], dtype: torch.dtype = torch
         text = str(error).partition("\n")[0]
         raise FormatError(f"the folder {path.name!r} is no {method} checkpoint: {text}") from error
     native = {name: w for name, w in found.items() if not isinstance(w, Tensor)}
-    return Weights(values, native, set(found))
+    return Weights(values, native, set(found), doubts.zero_points(found))
 
 
 def _value(tensor: Tensor, dtype: torch.dtype) -> Tensor:
