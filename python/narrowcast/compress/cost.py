@@ -149,7 +149,8 @@ def _alone(known: Known, item: Item) -> tuple[Known, Tensor, Tensor | None]:
     edges = {of[layer["x"]]: edge, node: out}
     if layer["residual"] is not None and not dense:
         edges[of[layer["residual"]]] = out
-    made = Known(graph, {node: Statistics()}, {} if dense else edges, [])
+    images = [] if dense else [tuple(t for t in (x, residual) if t is not None)]
+    made = Known(graph, {node: Statistics()}, {} if dense else edges, images)
     if dense:  # codes that are quick to make: the time does not depend on them
         n, k = weights[item.weight].shape
         made.rounded[item.name] = _zeros(n, k)

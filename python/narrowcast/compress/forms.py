@@ -30,6 +30,7 @@ from .transformer import (
     layer_name,
     quantize_grouped,
     quantize_int8,
+    smooth,
 )
 from .weights import int8_rows, sqnr_db
 
@@ -244,7 +245,10 @@ class Int8(Form):
         return int8_rows(weight, known.square(item)).dequantize(), lambda x: _int8(x, group)
 
     def apply(self, draft: Draft, items: Sequence[Item]) -> list[Decision]:
-        return _only(quantize_int8(draft.graph, draft.statistics, 64, draft.others(items)), items)
+        found, others = draft.statistics, draft.others(items)
+        ours = {n: s for n, s in found.items() if layer_name(Layer(n)) not in others}
+        alphas = smooth(draft.graph, ours, 64)
+        return _only(quantize_int8(draft.graph, ours, 64, others, alphas), items)
 
 
 class ConvInt8(Int8):

@@ -68,6 +68,7 @@ class Parts(Protocol):
     """The data of a search: batches in the form that the graph takes."""
 
     calibration: list[tuple[Tensor, ...]]
+    synthetic: list[tuple[Tensor, ...]]  #: rounded for as well
     selection: list[tuple[Tensor, ...]]
     held_out: list[tuple[Tensor, ...]]
     seed: int
@@ -202,9 +203,8 @@ class Search:
         layers = {layer_name(Layer(n)) for n in graph.calls(ops.linear.default)}
         targets = int4_targets(graph, 32, 8, layers - set(names))
         folder = self.memory.rounds(graph, self.data, [t.name for t in targets.values()])
-        made = round_in_sequence(
-            graph, targets, self.data.calibration, self.data.valid, self.progress, folder
-        )
+        seen = self.data.calibration + self.data.synthetic
+        made = round_in_sequence(graph, targets, seen, self.data.valid, self.progress, folder)
         self.known.rounded = {targets[node].name: rounded for node, rounded in made.items()}
         self._sets[tuple(names)] = self.known.rounded
 
