@@ -22,7 +22,10 @@ class DigitsCnn(nn.Module):
         self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
         self.depthwise_norm = nn.BatchNorm2d(2 * width)
         self.project, self.project_norm = nn.Conv2d(2 * width, width, 1), nn.BatchNorm2d(width)
-        self.wide, self.wide_norm = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.BatchNorm2d(2 * width)
+        self.wide, self.wide_norm = (
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(2 * width),
+        )
         self.last, self.last_norm = nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width)
         self.head = nn.Linear(2 * width, 10)
 

@@ -149,7 +149,9 @@ def round_conv(
     covariance = x.transpose(1, 2) @ x / seen.count
     missing = (seen.aim - aim_mean - x @ w.transpose(1, 2)).transpose(1, 2) @ x / seen.count
     better = w + torch.stack([made_up(c, m, RIDGE) for c, m in zip(covariance, missing)])
-    damped = covariance + RIDGE * torch.diag_embed(covariance.diagonal(dim1=1, dim2=2).mean(1, True).expand(-1, w.shape[2]))
+    damped = covariance + RIDGE * torch.diag_embed(
+        covariance.diagonal(dim1=1, dim2=2).mean(1, True).expand(-1, w.shape[2])
+    )
     scale, codes = _by_gptq(better, damped, grid)
     nearest = (better / scale[..., None]).round_().clamp_(grid.low, grid.high)
     found = {"nearest": (nearest, scale), "gptq": (codes, scale)}
@@ -172,9 +174,7 @@ def round_conv(
     return made
 
 
-def _result(
-    bits: int, codes: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, rule: str
-) -> RoundedConv:
+def _result(bits: int, codes: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, rule: str) -> RoundedConv:
     codes = codes.to(torch.int8).reshape(weight.shape).contiguous()
     return RoundedConv(bits, codes, scale.reshape(-1).contiguous(), bias, rule)
 

@@ -97,7 +97,9 @@ def compress(
     if budget is not None and not 0 < budget < 1:
         raise ArgumentError(f"budget must lie between 0 and 1 (0.01 is one per cent), got {budget}")
     if distill < 0 or (distill and prune is None):
-        raise ArgumentError(f"distill must be a number of steps that follow pruning, got {distill}; give prune too")
+        raise ArgumentError(
+            f"distill must be a number of steps that follow pruning, got {distill}; give prune too"
+        )
     if recipe == "auto" and budget is None:
         raise ArgumentError("recipe auto needs a budget, such as 0.01")
     if resolve_device(device).type != "cpu":

@@ -46,9 +46,7 @@ def distill(
     before = output_error(reference, float_outputs(graph, judging))
     aims = [teacher.run(*batch) for batch in learning]
     original = graph.weights
-    learnt = {
-        name: w.detach().clone().requires_grad_(w.is_floating_point()) for name, w in original.items()
-    }
+    learnt = {name: w.detach().clone().requires_grad_(w.is_floating_point()) for name, w in original.items()}
     optimiser = torch.optim.Adam([w for w in learnt.values() if w.requires_grad], lr=RATE)
     with torch.enable_grad():
         for step in range(steps):

@@ -101,7 +101,13 @@ def prune_graph(
         for node, _ in s.producers
     ]
     spaces = [{"layers": c.names, "channels": c.space.size, "kept": c.kept} for c in cuts]
-    return {"share": 1 - after / before, "macs_before": before, "macs_after": after, "spaces": spaces, "left": left}
+    return {
+        "share": 1 - after / before,
+        "macs_before": before,
+        "macs_after": after,
+        "spaces": spaces,
+        "left": left,
+    }
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -285,7 +291,9 @@ def _fit_readers(graph: Graph, cut: Cut, moments: dict[fx.Node, Tensor]) -> dict
     return weights
 
 
-def _measure(graph: Graph, cuts: list[Cut], moments, judged: Inputs, multiple: int, progress: Progress) -> None:
+def _measure(
+    graph: Graph, cuts: list[Cut], moments, judged: Inputs, multiple: int, progress: Progress
+) -> None:
     """The output error of every space at every size, the others whole.
 
     The bias is left alone: what a mean adds is small beside what a channel's change does.
@@ -379,7 +387,8 @@ def _apply(graph: Graph, channels: Channels, cut: Cut) -> None:
                 user.args = (*user.args[:2], user.args[2] - move, user.args[3] - move)
         for other in channels.spaces:
             other.producers = [
-                (n, f - (space.size - cut.kept)) if n is node and f > first else (n, f) for n, f in other.producers
+                (n, f - (space.size - cut.kept)) if n is node and f > first else (n, f)
+                for n, f in other.producers
             ]
     for node in space.slices:
         node.args = (*node.args[:3], node.args[2] + cut.kept)
