@@ -1,18 +1,17 @@
-"""Methods for convolutional networks: each against what it promises, all of them on a network with labels."""
+"""Methods for convolutional networks: each against what it promises."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from digits_cnn import accuracy, trained
 from torch import nn
 
 import narrowcast as nc
 from narrowcast.compress import adaround, ranges
 from narrowcast.compress.equalize import equalize, pairs
 from narrowcast.compress.simulation import Simulation, float_outputs
-from narrowcast.errors import ArgumentError, UnsupportedError
+from narrowcast.errors import ArgumentError
 from narrowcast.graph import Graph, Plan, int4_codes
 from narrowcast.graph.passes import optimize
 from narrowcast.graph.passes.match import Layer
@@ -53,12 +52,12 @@ def test_every_rule_makes_a_range_that_holds_most_values(signed):
 def test_ranges_are_chosen_by_the_output():
     """One value in thousands is large and all that counts: the rules that clip it lose, whatever they save inside."""
     x = torch.rand(8, 4, 16, 16)
-    x[:, 0, 0, 0] = 40.0
+    x[:2, 0, 0, 0] = 40.0
     edge, node = ranges.Edge(), object()
     edge.add(x, torch.Generator().manual_seed(0))
 
     def error(chosen):
-        return (ranges.fake_quantised(x, chosen[node])[:, 0, 0, 0] - 40).abs().mean().item()
+        return (ranges.fake_quantised(x, chosen[node])[:2, 0, 0, 0] - 40).abs().mean().item()
 
     chosen, tried = ranges.choose_method({node: edge}, error)
     assert set(tried) == set(ranges.METHODS) and error(chosen) == min(tried.values()) < 0.2
@@ -107,9 +106,13 @@ def test_equalisation_leaves_what_does_not_scale():
 # --- rounding -------------------------------------------------------------------------------------
 
 CONVOLUTIONS = [
-    dict(kernel_size=1), dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2, padding=1),
-    dict(kernel_size=3, dilation=2, padding=2), dict(kernel_size=3, groups=12), dict(kernel_size=(1, 5), groups=3),
-]  # fmt: skip
+    {"kernel_size": (1, 1)},
+    {"kernel_size": (3, 3), "padding": 1},
+    {"kernel_size": (3, 3), "stride": 2, "padding": 1},
+    {"kernel_size": (3, 3), "dilation": 2, "padding": 2},
+    {"kernel_size": (3, 3), "groups": 12},
+    {"kernel_size": (1, 5), "groups": 3},
+]
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
@@ -144,14 +147,13 @@ def test_learnt_rounding_is_never_worse_than_the_nearest(groups):
     assert learnt.codes.min() >= -8 and learnt.codes.max() <= 7 and learnt.codes.shape == weight.shape
     with torch.no_grad():
         expected = conv(x).clamp(0, 6)
-        error = {
-            made: (F.conv2d(x, made.dequantize(), made.bias, padding=1, groups=groups).clamp(0, 6) - expected)
+        error = [
+            (F.conv2d(x, made.dequantize(), made.bias, padding=1, groups=groups).clamp(0, 6) - expected)
             .square()
             .mean()
-            .item()
             for made in (nearest, learnt)
-        }
-    assert error[learnt] < error[nearest]
+        ]
+    assert error[1] < error[0]
 
 
 def test_simulation_is_what_the_plan_computes():
@@ -163,7 +165,7 @@ def test_simulation_is_what_the_plan_computes():
     graph = graph_of(Chain(F.relu), x)
     edges = ranges.observe_edges(graph, [(x,)])
     chosen = {node: edge.quantiser() for node, edge in edges.items()}
-    bits = {node: 8 for node in graph.calls(ops.conv2d.default)}
+    bits = dict.fromkeys(graph.calls(ops.conv2d.default), 8)
     rounded = round_convs(graph, [(x,)], chosen, bits)
     weights = {node: (made.dequantize(), made.bias) for node, made in rounded.items()}
     simulated = Simulation(graph, [(x,)], chosen, weights).outputs()[0]
@@ -221,51 +223,7 @@ def test_a_fixed_batch_is_fed_as_many_pictures_as_it_takes(fixed):
             nc.compress(model, recipe="int8", data=pictures[:4])
 
 
-# --- digits ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def reader(request):
-    return trained(request.config.option.seed)
-
-
-#: Points of test accuracy that may be lost on 900 pictures, of which one is 0.11 points. Over 22 networks the
-#: means are 0.0 (int8), 0.0 (int4) and 0.1 (pruned), the worst 0.22, 0.33 and 0.44.
-LOSSES = {"int8": 0.5, "int4": 1.0}
-
-
-@pytest.mark.parametrize("recipe", LOSSES)
-def test_digits(reader, recipe):
-    model, train, test = reader
-    before = accuracy(model.exported.module(), test)
-    plan = nc.compress(model, recipe=recipe, data=train[0][:200])
-    assert before > 95 and accuracy(nc.Executor(plan, device="cpu"), test) >= before - LOSSES[recipe]
-    precisions = [layer["precision"] for layer in plan.record["layers"]]
-    assert ("int4" in precisions) == (recipe == "int4")
-    tried = plan.record["convolutions"]
-    assert set(tried["ranges"]) == set(ranges.METHODS) and tried["equalisation"]["pairs"] >= 2
-
-
-def test_half_of_the_digits_network_is_enough(reader, tmp_path):
-    model, train, test = reader
-    before = accuracy(model.exported.module(), test)
-    plan = nc.compress(model, recipe="fp32", data=train[0], prune=0.5, distill=200)
-    report = plan.record["pruning"]
-    assert report["share"] >= 0.5 and report["macs_after"] <= 0.5 * report["macs_before"]
-    assert all(s["kept"] % 16 == 0 for s in report["spaces"]) and report["left"][0]["name"] == "head"
-    assert report["distillation"]["steps"] == 200
-    plan.save(tmp_path / "half.plan")
-    exe = nc.load(tmp_path / "half.plan", device="cpu")
-    assert accuracy(exe, test) >= before - 1.0
-    macs = exe.explain(test[0][:8]).weight_macs["float32"]
-    assert macs == pytest.approx(report["macs_after"] * 8 / 8, rel=0.01)
-
-
-def test_pruned_and_then_rounded(reader):
-    model, train, test = reader
-    before = accuracy(model.exported.module(), test)
-    plan = nc.compress(model, recipe="int8", data=train[0], prune=0.3)
-    assert accuracy(nc.Executor(plan, device="cpu"), test) >= before - 3
+# --- pruning --------------------------------------------------------------------------------------
 
 
 class FeedForward(nn.Module):
@@ -296,18 +254,3 @@ def test_feed_forward_columns_are_pruned():
     with torch.no_grad():
         expected = module(x)
     assert (nc.Executor(plan, device="cpu")(x) - expected).norm() < 0.1 * expected.norm()
-
-
-@pytest.mark.parametrize(
-    "options, error, message",
-    [
-        ({"prune": 1.5}, ArgumentError, "prune must lie between"),
-        ({"prune": 0.5, "data": None}, ArgumentError, "data must be given"),
-        ({"prune": 0.999}, UnsupportedError, "prune must be at most"),
-        ({"distill": 5}, ArgumentError, "distill must be"),
-    ],
-)
-def test_refusals(reader, options, error, message):
-    model, train, _ = reader
-    with pytest.raises(error, match=message):
-        nc.compress(model, recipe="fp32", **({"data": train[0][:40]} | options))

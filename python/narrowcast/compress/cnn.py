@@ -215,7 +215,7 @@ def quantize_cnn(
 
     ranges, about["edges_with_a_range_of_their_own"] = refine_edges(edges, ranges, measured, EDGE_TRIALS)
     rewrite(graph, rounded, ranges)
-    for node, made in rounded.items():
+    for made in rounded.values():
         why = f"rounded by {made.rule}"
         if bits == 4 and made.bits == 8:
             why = "8 bits: sensitive, or few taps"

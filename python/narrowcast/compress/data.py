@@ -33,12 +33,12 @@ def fixed_batch(graph: Graph) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def picture_batches(pictures: Tensor, size: int, fixed: int | None) -> list[tuple[Tensor]]:
+def picture_batches(pictures: Tensor, size: int, fixed: int | None) -> list[tuple[Tensor, ...]]:
     """Rows of [N, 3, H, W] in batches of ``size``; a last batch that a fixed size does not fit is left out.
 
     Raises ArgumentError when there are fewer pictures than a fixed batch.
     """
-    batches = [(x,) for x in pictures.split(size)]
+    batches: list[tuple[Tensor, ...]] = [(x,) for x in pictures.split(size)]
     if fixed is not None and batches[-1][0].shape[0] < fixed:
         batches.pop()
     if not batches:

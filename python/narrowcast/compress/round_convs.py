@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from narrowcast.graph import Graph
-from narrowcast.graph.passes.match import Layer, calls
+from narrowcast.graph.passes.match import Layer
 
 from .adaround import RoundedConv, Rows, places, round_conv, rows_wanted, unfold
 from .ranges import Ranges
