@@ -12,6 +12,7 @@ from narrowcast.compress import adaround, ranges
 from narrowcast.compress.equalize import equalize, pairs
 from narrowcast.compress.simulation import Simulation, float_outputs
 from narrowcast.errors import ArgumentError
+from narrowcast.exporters.onnx import write_onnx
 from narrowcast.graph import Graph, Plan, int4_codes
 from narrowcast.graph.passes import optimize
 from narrowcast.graph.passes.match import Layer
@@ -179,6 +180,7 @@ def test_simulation_is_what_the_plan_computes():
 
 
 def test_codes_are_packed_in_the_file_and_unpacked_once(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the package that writes ONNX")
     codes = torch.randint(-8, 8, (16, 8, 3, 3), dtype=torch.int8)
     graph = graph_of(nn.Conv2d(8, 16, 3), torch.randn(2, 8, 9, 9))
     (node,) = graph.calls(ops.conv2d.default)
@@ -200,6 +202,9 @@ def test_codes_are_packed_in_the_file_and_unpacked_once(tmp_path):
     exe = nc.Executor(plan, device="cpu")
     assert torch.equal(exe(x), expected)
     assert not [row for row in exe.explain(x).rows if "dequantize_groups" in row.op]
+    write_onnx(tmp_path / "codes.onnx", graph)
+    written = {w.name: w for w in onnx.load(tmp_path / "codes.onnx").graph.initializer}
+    assert written["conv.packed.int8"].data_type == onnx.TensorProto.INT8
     nodes, weights = int4_codes.resolved(plan.graph.fx, plan.graph.weights)
     assert torch.equal(weights["conv.packed.int8"], codes) and "conv.packed.int8" not in plan.graph.weights
     assert [n.target for n in nodes.nodes if n.op == "get_attr"] == ["conv.packed.int8", "conv.scale"]
