@@ -46,8 +46,10 @@ def test_every_rule_makes_a_range_that_holds_most_values(signed):
         restored = ranges.fake_quantised(x, (scale, zero))
         q = ops.quantize_int8_static(x, scale, zero, torch.uint8)
         assert ((q.float() - zero) * scale - restored).abs().max() < 1e-5
-        errors[method] = (restored - x).square().mean().item()
-    assert errors["mse"] <= 1.05 * min(errors.values()) and errors["min-max"] < 1e-3
+        kept = ranges.fake_quantised(edge.sample, (scale, zero)) - edge.sample
+        errors[method] = kept.square().mean().item()
+    # All three are one family of clipped ranges, of which "mse" is the best on the sample.
+    assert errors["mse"] <= min(errors["min-max"], errors["kl"]) and errors["min-max"] < 1e-3
 
 
 def test_ranges_are_chosen_by_the_output():
