@@ -143,7 +143,12 @@ def test_metrics():
         ({"recipe": "native"}, UnsupportedError, "its own quantised weights"),
         ({"recipe": "int8"}, ArgumentError, "data must be given"),
         ({"recipe": "int8", "data": torch.randn(1, 3, 16, 16)}, ArgumentError, "at least 2 pictures"),
-        ({"recipe": "int4", "data": torch.randn(4, 3, 16, 16)}, UnsupportedError, "recipe int4"),
+        ({"recipe": "int4"}, ArgumentError, "data must be given"),
+        (
+            {"recipe": "int8-weight", "data": torch.randn(4, 3, 16, 16)},
+            UnsupportedError,
+            "recipe int8-weight",
+        ),
         ({"kv_cache": "int3"}, ArgumentError, "kv_cache must be"),
         ({"budget": 2.0}, ArgumentError, "budget must lie"),
         ({"recipe": "auto"}, ArgumentError, "needs a budget"),

@@ -38,7 +38,7 @@ def picture_batches(pictures: Tensor, size: int, fixed: int | None) -> list[tupl
 
     Raises ArgumentError when there are fewer pictures than a fixed batch.
     """
-    batches = [(x,) for x in pictures.split(size)]
+    batches: list[tuple[Tensor, ...]] = [(x,) for x in pictures.split(size)]
     if fixed is not None and batches[-1][0].shape[0] < fixed:
         batches.pop()
     if not batches:

@@ -374,14 +374,15 @@ def _refit(graph: Graph, node: fx.Node, whole: fx.Node, columns: Tensor, ours, t
 def _apply(graph: Graph, channels: Channels, cut: Cut) -> None:
     """Takes the rows, filters and columns of channels that go out of the weights, and fixes recorded shapes."""
     space, stay = cut.space, cut.stay
-    for node, first in space.producers:
+    # From the last window of a merged layer to the first: the places of those in front stay as they are.
+    for node, first in sorted(space.producers, key=lambda p: -p[1]):
         layer, size = Layer(node), graph.weight(Layer(node)["weight"]).shape[0]
         rows = torch.cat((torch.arange(first), first + stay, torch.arange(first + space.size, size)))
         for part in ("weight", "bias"):
             if layer[part] is not None:
                 graph.weights[layer[part].target] = graph.weights[layer[part].target][rows].contiguous()
         # Windows of a merged layer that lie behind move forward.
-        for user in node.users:
+        for user in list(node.users):
             if calls(user, torch.ops.aten.slice.Tensor) and user.args[2] > first:
                 move = space.size - cut.kept
                 user.args = (*user.args[:2], user.args[2] - move, user.args[3] - move)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from narrowcast.errors import UnsupportedError
 from narrowcast.files import atomic_path
 from narrowcast.graph import Graph, Plan
+from narrowcast.graph.int4_codes import resolved
 from narrowcast.graph.passes.match import value
 
 aten = torch.ops.aten
@@ -34,7 +35,9 @@ def write_onnx(path: str | Path, model: Plan | Graph) -> None:
         import onnx
     except ImportError:
         raise UnsupportedError("an ONNX file needs the package onnx: pip install narrowcast[onnx]") from None
-    writer = _Writer(onnx, model.graph if isinstance(model, Plan) else model)
+    graph = model.graph if isinstance(model, Plan) else model
+    # Codes of 4 bits are written as int8.
+    writer = _Writer(onnx, Graph(*resolved(graph.fx, graph.weights)))
     proto = onnx.shape_inference.infer_shapes(writer.model(), strict_mode=True)
     onnx.checker.check_model(proto)
     with atomic_path(path) as temporary:
