@@ -20,8 +20,8 @@ from narrowcast.formats import GroupedWeight, Int8Weight, pack_int4
 
 #: Added to the diagonal of H, as shares of its mean: the first with which H can be factored is taken.
 DAMPING = (0.01, 0.1, 1.0)
-#: Passes of coordinate descent after GPTQ.
-PASSES = 4
+#: Passes of coordinate descent after GPTQ; with the 255 codes of int8 it has little left to find.
+PASSES, PASSES_INT8 = 4, 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def round_weight(weight: Tensor, hessian: Tensor | None, grid: Grid, group_size:
     order = order.to(torch.int32)
     if feed is not None:
         _runtime.round_in_order(layer, order.data_ptr(), feed.data_ptr())
-    _runtime.refine(layer, order.data_ptr(), hessian.data_ptr(), PASSES)
+    passes = PASSES if grid.high - grid.low < 32 else PASSES_INT8
+    _runtime.refine(layer, order.data_ptr(), hessian.data_ptr(), passes)
     change = weight - result.dequantize()
     signal = ((weight @ hessian) * weight).sum().item()
     result.error = ((change @ hessian) * change).sum().item() / max(signal, 1e-30)
