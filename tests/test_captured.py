@@ -17,6 +17,7 @@ from narrowcast.runtime import Executor
 from narrowcast.runtime.captured import CapturedProgram
 from narrowcast.runtime.cuda_graphs import CudaGraphs, is_served, layouts
 from narrowcast.runtime.executor import _without_weights
+from narrowcast.runtime.stepping import Advance
 from narrowcast.runtime.trace import Shared, written_placeholders
 from tape import Tape
 from test_generation import Source, Toy, greedy, random_prompt, toy  # noqa: F401  (toy is a fixture)
@@ -312,17 +313,13 @@ def test_a_growing_cache_and_the_last_position(toy, monkeypatch):  # noqa: F811
     assert list(exe.generate_ids(long)) == list(Executor(source, device="cpu", threads=1).generate_ids(long))
 
 
-def test_a_sequence_that_has_ended_stays_within_the_cache(toy, monkeypatch):  # noqa: F811
-    """The long one ends early; while the short one goes on, its position would leave the cache."""
-    module, source = toy
-    monkeypatch.setattr("narrowcast.runtime.cache.MIN_CAPACITY", 4)
-    monkeypatch.setattr("narrowcast.runtime.generation.CHUNK", 8)
-    prompts = [random_prompt(45), random_prompt(3)]
-    end = greedy(module, prompts[0], 1)[0]
-    exe, plain = captured(source), Executor(source, device="cpu", threads=1)
-    options = {"max_new_tokens": 40, "eos": [end]}
-    assert list(exe.generate_ids(prompts, **options)) == list(plain.generate_ids(prompts, **options))
-    assert exe.decoder._steps.cache.capacity == 64
+def test_a_sequence_that_has_ended_stays_within_the_cache():
+    for choose in (True, False):
+        ids, start = torch.zeros(2, 1, dtype=torch.long), torch.tensor([7, 3], dtype=torch.int32)
+        logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+        (result,) = Advance(choose, capacity=8)([ids, start, torch.arange(2)], [logits])
+        assert start.tolist() == [7, 4] and ids.tolist() == ([[1], [0]] if choose else [[0], [0]])
+        assert result.tolist() == ([1, 0] if choose else logits.tolist())
 
 
 def test_greedy_and_sampled_runs_over_one_cache(toy):  # noqa: F811
