@@ -11,22 +11,11 @@ import torch
 from torch import Tensor
 
 from harness import Timing, measure
+from narrowcast.runtime.cuda_graphs import Moment
 
 Call = Callable[[], Any]
 #: Sets of inputs per case at most: small ones would need thousands to fill a cache twice.
 MOST_SETS = 128
-
-
-class Moment:
-    """A point in the stream's time; the difference of two is in seconds, and waits for the later one."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: Moment) -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
 
 
 def clock_of(device: torch.device) -> Callable[[], Any]:

@@ -72,29 +72,26 @@ static inline void finish_tile16(const Epilogue& e, float* tile, int64_t m0, int
       for (int c = 0; c < columns; c += 16)
         f(tile + r * kTileColumns + c, m0 + r, n0 + c, mask16(columns - c));
   };
-  if (e.residual && e.residual_dtype == DType::kFloat32) {
-    const float* residual = static_cast<const float*>(e.residual);
-    each([&](float* x, int64_t m, int64_t n, __mmask16 mask) {
-      const __m512 more = _mm512_maskz_loadu_ps(mask, residual + m * e.ld_residual + n);
+  // The usual dtype is a constant of the loop, any other is asked for per vector.
+  const auto add_residual = [&](DType dtype) __attribute__((always_inline)) {
+    each([&](float* x, int64_t m, int64_t n, __mmask16 mask) __attribute__((always_inline)) {
+      const __m512 more = load16(e.residual, m * e.ld_residual + n, dtype, mask);
       _mm512_store_ps(x, _mm512_add_ps(_mm512_load_ps(x), more));
     });
-  } else if (e.residual) {
-    each([&](float* x, int64_t m, int64_t n, __mmask16 mask) {
-      const __m512 more = load16(e.residual, m * e.ld_residual + n, e.residual_dtype, mask);
-      _mm512_store_ps(x, _mm512_add_ps(_mm512_load_ps(x), more));
-    });
-  }
+  };
+  if (e.residual && e.residual_dtype == DType::kFloat32)
+    add_residual(DType::kFloat32);
+  else if (e.residual)
+    add_residual(e.residual_dtype);
   if (e.post_activation != Activation::kNone) activate_tile16(e.post_activation, tile, rows);
-  if (e.out_dtype == DType::kFloat32) {
-    float* out = static_cast<float*>(e.out);
-    each([&](float* x, int64_t m, int64_t n, __mmask16 mask) {
-      _mm512_mask_storeu_ps(out + m * e.ld_out + n, mask, _mm512_load_ps(x));
+  if (e.out_dtype == DType::kFloat32)
+    each([&](float* x, int64_t m, int64_t n, __mmask16 mask) __attribute__((always_inline)) {
+      store16(e.out, m * e.ld_out + n, DType::kFloat32, mask, _mm512_load_ps(x));
     });
-  } else {
+  else
     each([&](float* x, int64_t m, int64_t n, __mmask16 mask) {
       put16(e, m * e.ld_out + n, _mm512_load_ps(x), mask);
     });
-  }
 }
 
 }  // namespace narrowcast

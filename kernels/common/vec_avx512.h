@@ -1,5 +1,5 @@
 // Sixteen floats at a time: conversion on load and store, elementary functions, activations.
-// Polynomials after Cephes (S. Moshier, expf, tanhf) where nothing else is said.
+// Polynomials after Cephes (S. Moshier, expf, tanhf, erff) and Abramowitz & Stegun 7.1.26.
 // Internal linkage throughout: these files are included by ISA files, whose inline code must not be
 // shared with the rest of the library.
 #pragma once
@@ -72,20 +72,20 @@ static inline __m512 tanh16(__m512 x) {
       small, _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(0.625f), _CMP_GT_OQ), large);
 }
 
-// x P(x^2) / Q(x^2), fitted to erf on [0, 3.92] with the least relative error (2e-8), beyond which
-// erf is 1 in float32. One division and no second branch.
 static inline __m512 erf16(__m512 x) {
-  static const float kAbove[] = {2.050094281e-6f, 2.848837466e-4f, 3.765630769e-3f,
-                                 5.274876952e-2f, 1.904066801e-1f, 1.128379107f};
-  static const float kBelow[] = {3.809184273e-5f, 1.162540168e-3f, 1.496924367e-2f,
-                                 1.141092181e-1f, 5.020762682e-1f, 1.0f};
-  const __m512 end = _mm512_set1_ps(3.92f), one = _mm512_set1_ps(1.0f);
-  const __m512 least = _mm512_sub_ps(_mm512_setzero_ps(), end);
-  // The second operand of max / min is the result when one is NaN.
-  const __m512 c = _mm512_min_ps(end, _mm512_max_ps(least, x)), square = _mm512_mul_ps(c, c);
-  const __m512 y = _mm512_div_ps(_mm512_mul_ps(c, polynomial16(square, kAbove, 6)),
-                                 polynomial16(square, kBelow, 6));
-  return _mm512_min_ps(one, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), one), y));
+  static const float kSmall[] = {
+      7.853861353153693e-5f, -8.010193625184903e-4f, 5.188327685732524e-3f, -2.685381193529856e-2f,
+      1.128358514861418e-1f, -3.761262582423300e-1f, 1.128379165726710f};
+  static const float kLarge[] = {1.061405429f,  -1.453152027f, 1.421413741f,
+                                 -0.284496736f, 0.254829592f,  0.0f};
+  const __m512 one = _mm512_set1_ps(1.0f), a = _mm512_abs_ps(x), square = _mm512_mul_ps(x, x);
+  const __m512 small = _mm512_mul_ps(x, polynomial16(square, kSmall, 7));
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(a, _mm512_set1_ps(0.3275911f), one));
+  const __m512 tail =
+      _mm512_mul_ps(polynomial16(t, kLarge, 6), exp16(_mm512_sub_ps(_mm512_setzero_ps(), square)));
+  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+  const __m512 large = _mm512_or_ps(_mm512_sub_ps(one, tail), sign);
+  return _mm512_mask_mov_ps(small, _mm512_cmp_ps_mask(a, one, _CMP_GT_OQ), large);
 }
 
 static inline __m512 silu16(__m512 x) {
@@ -93,20 +93,10 @@ static inline __m512 silu16(__m512 x) {
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
-// x Phi(x) with half the tail of erfc (Abramowitz & Stegun 7.1.26) on the side where it is small,
-// so that nothing cancels.
 static inline __m512 gelu16(__m512 x) {
-  static const float kTail[] = {0.5307027145f, -0.7265760135f, 0.7107068705f,
-                                -0.142248368f, 0.127414796f,   0.0f};
-  const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
-  // Beyond 16 the tail is 0 in float32; infinity would make it NaN.
-  const __m512 c = _mm512_min_ps(_mm512_set1_ps(16.0f), _mm512_max_ps(_mm512_set1_ps(-16.0f), x));
-  const __m512 t = _mm512_div_ps(
-      one, _mm512_fmadd_ps(_mm512_abs_ps(c), _mm512_set1_ps(0.3275911f * 0.70710678f), one));
-  const __m512 gauss = exp16(_mm512_mul_ps(_mm512_mul_ps(c, c), _mm512_set1_ps(-0.5f)));
-  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(polynomial16(t, kTail, 6), gauss), c);
-  // The comparison holds for NaN too, which the difference keeps.
-  return _mm512_mask_sub_ps(tail, _mm512_cmp_ps_mask(x, zero, _CMP_NLT_UQ), x, tail);
+  const __m512 e = erf16(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678118654752f)));
+  return _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), x),
+                       _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
 static inline __m512 gelu_tanh16(__m512 x) {

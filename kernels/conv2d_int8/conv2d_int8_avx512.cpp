@@ -4,6 +4,7 @@
 // column, and serve every output pixel whose window the column lies in.
 //
 // Bound: one 512-bit vpdpbusd a cycle, 64 multiply-adds.
+#include "common/dot4_avx512.h"
 #include "conv2d_int8/conv2d_int8_codes_avx512.h"
 
 namespace narrowcast {
@@ -246,11 +247,6 @@ void store_codes(const Codes& codes, const Places<V>& places, const __m512i (&ac
 }
 
 constexpr int kPixels = 7;  // of a step: rows of 224 / 2^n pixels are made of whole steps
-
-// In assembly, as GCC 12 keeps copies of each sum around the intrinsic.
-[[gnu::always_inline]] inline void dot4(__m512i& sum, __m512i x, __m512i w) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
-}
 
 // The sums of P neighbouring pixels, [pixel][place], from the first column of the first one's
 // window. One register of places after the other: its weights stay in registers, and a column is

@@ -9,6 +9,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "common/dot4_avx512.h"
 #include "common/half.h"
 #include "linear_grouped/linear_grouped.h"
 
@@ -51,12 +52,6 @@ GroupedWide widen(const GroupedLayout& l, const uint8_t* panels, int64_t count, 
     }
   }
   return {in_place ? panels : memory, in_place ? l.panel_bytes : bytes, scales};
-}
-
-// sum += the products of codes and values. In assembly, as GCC 12 keeps copies of each sum around
-// the intrinsic.
-inline void dot4(__m512i& sum, __m512i codes, __m512i values) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(values));
 }
 
 // Four bytes of x, or of a row's share of any array: rows lie `ld` of them apart.

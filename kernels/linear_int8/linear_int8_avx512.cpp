@@ -8,18 +8,13 @@
 // one vpdpbusd (64 products) per cycle on Zen 4; for few rows the bandwidth of the packed weights.
 #include <immintrin.h>
 
+#include "common/dot4_avx512.h"
 #include "linear_int8/linear_int8_panel_avx512.h"
 
 namespace narrowcast {
 namespace {
 
 constexpr auto padded = padded_to<4>;
-
-// sum += codes * the four activations. In assembly, as GCC 12 keeps copies of each sum around the
-// intrinsic.
-inline void dot4(__m512i& sum, __m512i codes, __m512i activations) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
-}
 
 template <int R, int V>
 [[gnu::always_inline]] inline void step(const int8_t* x, int64_t ldx, const uint8_t* w,

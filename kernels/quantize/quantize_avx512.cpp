@@ -92,16 +92,6 @@ void groups64(const float* x, int64_t groups, int8_t* q, float* scale, QuantizeF
   }
 }
 
-void groups(const void* x, DType dtype, int64_t group, int64_t count, int8_t* q, float* scale,
-            QuantizeFindings* findings) {
-  if (dtype == DType::kFloat32 && group == 64)
-    return groups64(static_cast<const float*>(x), count, q, scale, findings);
-  const int64_t step = dtype == DType::kFloat32 ? 4 : 2;
-  for (int64_t g = 0; g < count; ++g)
-    row(static_cast<const char*>(x) + g * group * step, dtype, group, false, q + g * group,
-        scale + g, nullptr, findings);
-}
-
 void by_scale(const void* x, DType dtype, int64_t count, float inverse_scale, int32_t zero_point,
               bool is_signed, void* q, QuantizeFindings* findings) {
   const __m512 inverses = _mm512_set1_ps(inverse_scale);
@@ -122,6 +112,6 @@ void by_scale(const void* x, DType dtype, int64_t count, float inverse_scale, in
 
 }  // namespace
 
-extern const QuantizeKernel quantize_avx512 = {row, by_scale, groups};
+extern const QuantizeKernel quantize_avx512 = {row, by_scale, groups64};
 
 }  // namespace narrowcast

@@ -7,14 +7,12 @@ layer behind quantises it: rounding to 8 bits of mantissa is small beside the in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import fx
 
 from narrowcast.graph import Graph
 from narrowcast.graph.ir import is_size_call
-from narrowcast.graph.passes.match import calls
+from narrowcast.graph.passes.match import argument, calls
 
 aten = torch.ops.aten
 ops = torch.ops.narrowcast
@@ -90,17 +88,16 @@ def _behind(node: fx.Node) -> set[fx.Node] | None:
     return None if any(_get(x, "residual") in carriers for x in found - carriers) else found
 
 
-def _names(node: fx.Node) -> Iterator[str]:
-    return (argument.name for argument in node.target._schema.arguments)
+def _place(node: fx.Node, name: str) -> int:
+    return [a.name for a in node.target._schema.arguments].index(name)
 
 
 def _get(node: fx.Node, name: str):
-    at = list(_names(node)).index(name)
-    return node.args[at] if at < len(node.args) else node.kwargs.get(name)
+    return argument(node, _place(node, name), name)
 
 
 def _set(node: fx.Node, name: str, value: object) -> None:
-    at = list(_names(node)).index(name)
+    at = _place(node, name)
     if at < len(node.args):
         node.update_arg(at, value)
     else:

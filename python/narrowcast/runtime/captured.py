@@ -303,7 +303,7 @@ class CapturedProgram(Trace):
             "arena": inputs + self._captured_bytes,
             "lower_bound": memory.lower_bound([memory.Interval(b.bytes, b.first, b.last) for b in placed]),
             "scratch": 0,
-            "folded": sum(b.bytes for b in self.buffers if b.kind == "folded"),
+            "folded": self.folded_bytes,
         }
 
 

@@ -223,5 +223,5 @@ class Program(Trace):
             "arena": self.arena.bytes,
             "lower_bound": self.arena.lower_bound,
             "scratch": self.scratch_bytes,
-            "folded": sum(b.bytes for b in self.buffers if b.kind == "folded"),
+            "folded": self.folded_bytes,
         }

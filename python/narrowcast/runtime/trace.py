@@ -324,6 +324,11 @@ class Trace:
         """Is this value, or what it is a view of, a weight or folded?"""
         return self._buffer(fake).kind in ("constant", "folded")
 
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes of results that were computed once, while tracing."""
+        return sum(b.bytes for b in self.buffers if b.kind == "folded")
+
     def _place(self, fake: Tensor) -> int:
         """Bytes from the start of the storage behind `fake` to its first element."""
         return self._buffer(fake).offset + fake.storage_offset() * fake.element_size()
