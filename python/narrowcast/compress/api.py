@@ -272,7 +272,8 @@ class Data:
         tokenizer = plain_tokenizer(self.model.assets)
         text = "\n\n".join(self._texts(data))
         bos = self.model.config.get("bos_token_id")
-        length = min(WINDOW, self.model.config.get("context") or WINDOW)
+        config = self.model.config
+        length = min(WINDOW, config.get("context") or config.get("max_position_embeddings") or WINDOW)
         most = SEARCH_WINDOWS if self.search else HELD_OUT_WINDOWS
         windows = token_windows(text, tokenizer, bos, length, CALIBRATION_WINDOWS + (1 + self.search) * most)
         self.begin = hygiene.begin_token(tokenizer, bos)
@@ -314,7 +315,8 @@ class Data:
         first = 2 * keep if self.search else keep
         calibration = data[first:] if first < data.shape[0] else data
         self.calibration = picture_batches(calibration, fixed or CALIBRATED_TOGETHER, fixed)
-        self.selection = picture_batches(data[keep:first], fixed or PICTURES, fixed)
+        if self.search:
+            self.selection = picture_batches(data[keep:first], fixed or PICTURES, fixed)
         self.held_out = picture_batches(data[:keep], fixed or PICTURES, fixed)
         self.measured = -(-MEASURED_BATCHES * PICTURES // (fixed or PICTURES))
         self.sampled = fixed or self.sampled

@@ -165,7 +165,11 @@ def load(path: str | Path, kind: str | None = None, size: dict[str, int] | None 
     fixed = dict(size or {})
     dims: dict[str, Any] = {}
     inputs, shapes = [], []
-    for dtype, sizes in file.inputs.values():
+    for name, (dtype, sizes) in file.inputs.items():
+        if any(isinstance(s, int) and s < 1 for s in sizes):
+            raise FormatError(
+                f"{path.name}: input {name} has the shape {list(sizes)}, none of it may be below 1"
+            )
         example, dynamic = [], {}
         for axis, s in enumerate(sizes):
             if isinstance(s, str) and s not in fixed:
