@@ -8,7 +8,7 @@ from narrowcast.kernels.quantize import quantize_ref as ref
 
 ops = torch.ops.narrowcast
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1), (3, 7), (2, 3, 32), (5, 97), (17, 384), (1, 1000), (33, 64)]
+SHAPES = [(1, 1), (3, 7), (2, 3, 32), (5, 97), (17, 384), (1, 1000), (33, 64), (2, 1088)]
 
 
 def assert_equal(ours, expected):
@@ -34,8 +34,9 @@ def test_bit_equal_reference(variant, dtype, shape):
         for x in (torch.randn(shape).to(dtype), odd_values(shape, dtype), torch.zeros(shape, dtype=dtype)):
             assert_equal(ops.quantize_int8(x), ref.quantize_int8(x))
             assert_equal(ops.quantize_int8_asymmetric(x), ref.quantize_int8_asymmetric(x))
-            if shape[-1] % 32 == 0:
-                assert_equal(ops.quantize_int8(x, 32), ref.quantize_int8(x, 32))
+            for group in (32, 64):
+                if shape[-1] % group == 0:
+                    assert_equal(ops.quantize_int8(x, group), ref.quantize_int8(x, group))
             for scale, zero_point, out in ((0.02, 3, torch.uint8), (-0.5, -7, torch.int8)):
                 q = ops.quantize_int8_static(x, scale, zero_point, out)
                 assert torch.equal(q, ref.quantize_int8_static(x, scale, zero_point, out))

@@ -36,14 +36,14 @@ using QuantizeStaticFn = void (*)(const void* x, DType dtype, int64_t count, flo
                                   int32_t zero_point, bool is_signed, void* q,
                                   QuantizeFindings* findings);
 
-// The symmetric form for neighbouring groups of 64 float32 values of one row, a scale each.
-using QuantizeGroups64Fn = void (*)(const float* x, int64_t groups, int8_t* q, float* scale,
-                                    QuantizeFindings* findings);
+// The symmetric form for neighbouring groups of 32 or 64 float32 values of one row, a scale each.
+using QuantizeSmallGroupsFn = void (*)(const float* x, int64_t size, int64_t groups, int8_t* q,
+                                       float* scale, QuantizeFindings* findings);
 
 struct QuantizeKernel {
   QuantizeRowFn row;
   QuantizeStaticFn by_scale;
-  QuantizeGroups64Fn groups64 = nullptr;  // nullptr: row() for each of them
+  QuantizeSmallGroupsFn small_groups = nullptr;  // nullptr: row() for each of them
 };
 
 #define KERNEL(name, isa) extern const QuantizeKernel quantize_##name;
@@ -56,8 +56,9 @@ const QuantizeKernel& quantize_kernel();  // the one selected now; for rooms tha
 inline void quantize_row(const QuantizeKernel& kernel, const void* x, DType dtype, int64_t group,
                          int64_t groups, int8_t* q, float* scale, int32_t* zero_point,
                          QuantizeFindings* findings) {
-  if (kernel.groups64 && group == 64 && dtype == DType::kFloat32 && !zero_point)
-    return kernel.groups64(static_cast<const float*>(x), groups, q, scale, findings);
+  if (kernel.small_groups && (group == 32 || group == 64) && dtype == DType::kFloat32 &&
+      !zero_point)
+    return kernel.small_groups(static_cast<const float*>(x), group, groups, q, scale, findings);
   const int64_t step = dtype == DType::kFloat32 ? 4 : 2;
   for (int64_t g = 0; g < groups; ++g)
     kernel.row(static_cast<const char*>(x) + g * group * step, dtype, group, zero_point != nullptr,

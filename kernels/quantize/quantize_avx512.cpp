@@ -53,18 +53,20 @@ void row(const void* x, DType dtype, int64_t count, bool asymmetric, int8_t* q, 
   }
 }
 
-// Groups of 64 float32 values, sixteen at a time: their divisions share one vector, and no step of
-// a group waits for another's.
-void groups64(const float* x, int64_t groups, int8_t* q, float* scale, QuantizeFindings* findings) {
+// Groups of kSize float32 values, sixteen at a time: their divisions share one vector, and no step
+// of a group waits for another's.
+template <int kSize>
+void groups_of(const float* x, int64_t groups, int8_t* q, float* scale,
+               QuantizeFindings* findings) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   alignas(64) uint32_t top[16];
   alignas(64) float inverse[16];
   for (int64_t g0 = 0; g0 < groups; g0 += 16) {
     const int count = groups - g0 < 16 ? static_cast<int>(groups - g0) : 16;
     for (int g = 0; g < count; ++g) {
-      const float* from = x + (g0 + g) * 64;
+      const float* from = x + (g0 + g) * kSize;
       __m512i most = _mm512_setzero_si512();
-      for (int i = 0; i < 64; i += 16)
+      for (int i = 0; i < kSize; i += 16)
         most = _mm512_max_epu32(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(from + i)));
       top[g] = _mm512_reduce_max_epu32(most);
     }
@@ -76,20 +78,25 @@ void groups64(const float* x, int64_t groups, int8_t* q, float* scale, QuantizeF
     _mm512_mask_storeu_ps(scale + g0, mask, s);
     _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), s));
     for (int g = 0; g < count; ++g) {
-      const float* from = x + (g0 + g) * 64;
-      int8_t* to = q + (g0 + g) * 64;
+      const float* from = x + (g0 + g) * kSize;
+      int8_t* to = q + (g0 + g) * kSize;
       if (top[g] >= 0x7f800000u) [[unlikely]] {
-        row(from, DType::kFloat32, 64, false, to, scale + g0 + g, nullptr, findings);
+        row(from, DType::kFloat32, kSize, false, to, scale + g0 + g, nullptr, findings);
         continue;
       }
       // No product is beyond 127.5: nothing to saturate.
       const __m512 inverses = _mm512_set1_ps(inverse[g]);
-      for (int i = 0; i < 64; i += 16) {
+      for (int i = 0; i < kSize; i += 16) {
         const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), inverses));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(code));
       }
     }
   }
+}
+
+void small_groups(const float* x, int64_t size, int64_t groups, int8_t* q, float* scale,
+                  QuantizeFindings* findings) {
+  (size == 32 ? groups_of<32> : groups_of<64>)(x, groups, q, scale, findings);
 }
 
 void by_scale(const void* x, DType dtype, int64_t count, float inverse_scale, int32_t zero_point,
@@ -112,6 +119,6 @@ void by_scale(const void* x, DType dtype, int64_t count, float inverse_scale, in
 
 }  // namespace
 
-extern const QuantizeKernel quantize_avx512 = {row, by_scale, groups64};
+extern const QuantizeKernel quantize_avx512 = {row, by_scale, small_groups};
 
 }  // namespace narrowcast
