@@ -26,6 +26,7 @@ from narrowcast.compress.calibrate import text_batches  # noqa: E402
 from narrowcast.importers.model import load_model  # noqa: E402
 from narrowcast.runtime.cache import KVCache  # noqa: E402
 from peers import Engine, Stopwatch, Task, engines  # noqa: E402
+from resnet50 import resnet50  # noqa: E402
 
 
 class Hidden(torch.nn.Module):
@@ -120,11 +121,25 @@ def image(options) -> list[dict]:
     model = load_model(path)
     pictures, test = models.pictures()
     calibration = models.crops(pictures, 100, 1, model.config)
-    module = models.torch_efficientnet(path).to(memory_format=torch.channels_last)
-    mine, executor = ours(model, "int8", calibration)
-    task = Task(module, path, [(x[None],) for x in calibration], options.threads)
-    peers = engines("image", task)
     crops = models.crops(list(test.values()), 400, 2, model.config)
+    rows = network(
+        "EfficientNet-Lite0", model, models.torch_efficientnet(path), path, calibration, crops, options
+    )
+    # Weights from a seed: its speed is that of trained ones, its accuracy says nothing.
+    module = resnet50(calibration[:32])
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    model = load_model(
+        module, (calibration[:2],), dynamic_shapes=({0: batch},), kind="image", config=model.config
+    )
+    return rows + network(
+        "ResNet-50, random weights", model, module, path, calibration[:40], crops[:16], options
+    )
+
+
+def network(name: str, model, module, path: Path, calibration, crops, options) -> list[dict]:
+    mine, executor = ours(model, "int8", calibration)
+    module = module.to(memory_format=torch.channels_last)
+    peers = engines("image", Task(module, path, [(x[None],) for x in calibration], options.threads))
     expected = torch.cat([module(x) for x in crops.split(16)])
     accuracy = {}
     for engine in [mine, *peers]:
@@ -137,7 +152,7 @@ def image(options) -> list[dict]:
     for batch in (1, 16):
         x = (crops[:batch],)
         rows += compare(
-            "EfficientNet-Lite0", f"batch{batch}", {mine.name: mine}, peers, {mine.name: x, "peers": x},
+            name, f"batch{batch}", {mine.name: mine}, peers, {mine.name: x, "peers": x},
             {mine.name: executor}, {mine.name: x}, accuracy, options,
         )  # fmt: skip
     return rows

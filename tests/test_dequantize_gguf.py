@@ -126,6 +126,29 @@ def test_int8_per_tensor_empty_strided():
     assert torch.equal(ops.dequantize_int8(*wide), ref.dequantize_int8(*wide))
 
 
+@pytest.mark.parametrize("variant", variants("dequantize_int8"))
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 16, 9, 1), (3, 257, 33, 4)])
+def test_one_scale_keeps_the_layout(variant, shape):
+    """Images stay in channels-last order: a copy to another would cost more than the work."""
+    q = int8_inputs(shape, 0)[0].to(memory_format=torch.channels_last)
+    scale, zero = torch.tensor(0.37), torch.tensor(5, dtype=torch.int32)
+    with forced("dequantize_int8", variant):
+        y = ops.dequantize_int8(q, scale, zero)
+    assert y.stride() == q.stride() and torch.equal(y, (q.int() - 5).float() * scale)
+    out = torch.full(shape, math.nan).to(memory_format=torch.channels_last)
+    run_step("dequantize_int8", [q, scale, zero], [out], group_size=0)
+    assert torch.equal(out, y)
+    if shape[1] * shape[2] > 9 and shape[3] > 1:
+        with pytest.raises(
+            RuntimeError, match="dequantize_int8: q must be dense and laid out like the output"
+        ):
+            run_step("dequantize_int8", [q, scale, zero], [out.contiguous()], group_size=0)
+    gaps = q[:, ::2]
+    assert torch.equal(ops.dequantize_int8(gaps, scale, zero), y[:, ::2])
+    torch.library.opcheck(ops.dequantize_int8.default, (q, scale, zero))
+    torch.library.opcheck(ops.dequantize_int8.default, (gaps, scale, zero))
+
+
 def test_int8_opcheck_and_compile():
     inputs = int8_inputs((6, 64), 32)
     torch.library.opcheck(ops.dequantize_int8.default, inputs)

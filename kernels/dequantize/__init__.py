@@ -20,7 +20,7 @@ def dequantize_int8(
     q: int8 or uint8 [..., K].
     scale: float32 [...] (one per row), [..., K / group_size] when ``group_size`` > 0, or a scalar.
     zero_point: int32 of the shape of scale, or None for 0. The difference is taken in int32.
-    Returns [..., K] in float32, float16 or bfloat16.
+    Returns [..., K] in float32, float16 or bfloat16; with one scale for all laid out as a dense q is.
 
     Raises RuntimeError naming the argument.
     """

@@ -1,5 +1,6 @@
 // Where tensors stop for dequantize_gguf and dequantize_int8: checks, the torch ops, the executor's
 // steps.
+#include "common/dense.h"
 #include "common/stable.h"
 #include "common/step.h"
 #include "dequantize/dequantize_gguf.h"
@@ -94,12 +95,16 @@ Tensor dequantize_int8(const Tensor& q_in, const Tensor& scale_in,
                      group_size, dtype_of(out_dtype));
   };
   checked(q_in, scale_in, zero_point_in);  // before as_contiguous() copies
-  const Tensor q = as_contiguous(q_in), scale = as_contiguous(scale_in);
+  const bool by_value = scale_in.dim() == 0 && is_dense(view(q_in, op, "q"));
+  const Tensor q = by_value ? q_in : as_contiguous(q_in), scale = as_contiguous(scale_in);
   const std::optional<Tensor> zero_point =
       zero_point_in ? std::optional(as_contiguous(*zero_point_in)) : std::nullopt;
   DequantizeInt8Args args = checked(q, scale, zero_point);
   const TensorView v = view(q, op, "q");
-  Tensor out = empty(std::vector<int64_t>(v.sizes, v.sizes + v.rank), args.out_dtype);
+  const std::vector<int64_t> sizes(v.sizes, v.sizes + v.rank);
+  const std::vector<int64_t> strides(v.strides, v.strides + v.rank);
+  Tensor out =
+      by_value ? empty_strided(sizes, strides, args.out_dtype) : empty(sizes, args.out_dtype);
   args.out = out.mutable_data_ptr();
   dequantize_int8_run(args);
   return out;
@@ -122,10 +127,15 @@ Step gguf_step(const StepSpec& s, PackCache&) {
 Step int8_step(const StepSpec& s, PackCache&) {
   DequantizeInt8Args args =
       int8_args(s.inputs[0], s.inputs[1], s.inputs[2], s.integer("group_size"), s.outputs[0].dtype);
-  for (const TensorView& input : s.inputs)
-    NC_CHECK(!defined(input) || is_contiguous(input), "dequantize_int8",
-             "inputs must be contiguous in a plan");
-  check_step_out(s.outputs[0], numel(s.inputs[0]), "dequantize_int8");
+  if (s.inputs[1].rank == 0) {
+    NC_CHECK(same_dense_layout(s.inputs[0], s.outputs[0]), "dequantize_int8",
+             "q must be dense and laid out like the output");
+  } else {
+    for (const TensorView& input : s.inputs)
+      NC_CHECK(!defined(input) || is_contiguous(input), "dequantize_int8",
+               "inputs must be contiguous in a plan");
+    check_step_out(s.outputs[0], numel(s.inputs[0]), "dequantize_int8");
+  }
   args.out = s.outputs[0].data;
   return [args] { dequantize_int8_run(args); };
 }

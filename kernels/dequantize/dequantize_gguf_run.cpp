@@ -41,6 +41,13 @@ void dequantize_gguf_run(const DequantizeGgufArgs& a) {
 void dequantize_int8_run(const DequantizeInt8Args& a) {
   if (a.rows == 0 || a.columns == 0) return;
   const DequantizeInt8Fn kernel = select_dequantize_int8();
+  if (a.scale_stride == 0)  // one scale: where a row ends does not matter
+    return parallel_for(0, a.rows * a.columns, kGrain, [&](int64_t begin, int64_t end) {
+      kernel(static_cast<const uint8_t*>(a.q) + begin, a.is_unsigned,
+             a.zero_point ? *a.zero_point : 0, *a.scale,
+             static_cast<uint8_t*>(a.out) + begin * element_size(a.out_dtype), a.out_dtype,
+             end - begin);
+    });
   const int64_t groups = a.columns / a.group;
   parallel_for(0, a.rows, std::max<int64_t>(1, kGrain / a.columns),
                [&](int64_t begin, int64_t end) {

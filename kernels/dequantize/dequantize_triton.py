@@ -102,12 +102,15 @@ def dequantize_int8(
         checks.require_device(op, "zero_point", zero_point, q.device)
         zero_point = zero_point.contiguous()
     checks.require_out_floating(op, out_dtype)
-    out = q.new_empty(q.shape, dtype=out_dtype)
+    out = torch.empty_like(q, dtype=out_dtype)
+    by_value = scale.dim() == 0 and out.stride() == q.stride()  # dense, whatever its order
+    if not by_value:
+        out = q.new_empty(q.shape, dtype=out_dtype)
     if out.numel():
         size = group_size or columns
         grid, units, block = _cut(out.numel() // size, size)
         launch(
-            _int8, grid, q.contiguous(), scale.contiguous(), zero_point, out, out.numel() // size, size,
+            _int8, grid, q if by_value else q.contiguous(), scale.contiguous(), zero_point, out, out.numel() // size, size,
             1 if scale.dim() else 0, on=q, UNITS=units, BLOCK=block,
         )  # fmt: skip
     return out

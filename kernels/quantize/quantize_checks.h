@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 
+#include "common/dense.h"
 #include "common/rows.h"
 #include "common/stable.h"
 #include "quantize/quantize.h"
@@ -47,22 +48,6 @@ inline QuantizeStaticArgs static_args(const TensorView& x, double scale, int64_t
   NC_CHECK(zero_point >= (is_signed ? -128 : 0) && zero_point <= (is_signed ? 127 : 255), op,
            "zero_point must be a value of dtype, got ", zero_point);
   return {x.data, nullptr, numel(x), s, static_cast<int32_t>(zero_point), x.dtype, is_signed};
-}
-
-// Elements fill their memory without a gap, in whatever order of dimensions (channels-last images).
-inline bool is_dense(const TensorView& t) {
-  int64_t span = 1;
-  for (int d = 0; d < t.rank; ++d) {
-    if (t.strides[d] < 0) return false;
-    span += (t.sizes[d] - 1) * t.strides[d];
-  }
-  if (numel(t) == 0 || span != numel(t)) return numel(t) == 0;
-  for (int a = 0; a < t.rank; ++a)  // a stride 0, or two dimensions over the same memory
-    for (int b = 0; b < t.rank; ++b)
-      if (t.sizes[a] > 1 &&
-          (t.strides[a] == 0 || (a != b && t.sizes[b] > 1 && t.strides[a] == t.strides[b])))
-        return false;
-  return true;
 }
 
 // What a GPU's quantisers found: int64 [2] that they add to.

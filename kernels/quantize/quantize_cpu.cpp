@@ -77,10 +77,8 @@ const RegisterStep asymmetric_step("quantize_int8_asymmetric", [](const StepSpec
 });
 const RegisterStep static_step("quantize_int8_static", [](const StepSpec& s, PackCache&) -> Step {
   const TensorView &x = s.inputs[0], &q = s.outputs[0];
-  bool same_order = is_dense(x);
-  for (int d = 0; d < x.rank; ++d)
-    same_order &= x.sizes[d] == q.sizes[d] && (x.sizes[d] <= 1 || x.strides[d] == q.strides[d]);
-  NC_CHECK(same_order, "quantize_int8_static", "x must be dense and laid out like the output");
+  NC_CHECK(same_dense_layout(x, q), "quantize_int8_static",
+           "x must be dense and laid out like the output");
   QuantizeStaticArgs a = static_args(x, s.number("scale"), s.integer("zero_point"), q.dtype);
   a.q = q.data;
   const bool strict = s.flag("strict");

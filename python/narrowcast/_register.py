@@ -33,6 +33,12 @@ def _scales(x: Tensor, group_size: int) -> Tensor:
 # quantize
 
 
+def _laid_out_like(x, dtype):
+    """What goes value by value keeps the layout of a dense tensor."""
+    like = torch.empty_like(x, dtype=dtype)  # the strides of x if it is dense
+    return like if like.stride() == x.stride() else x.new_empty(x.shape, dtype=dtype)
+
+
 @_fake("narrowcast::quantize_int8")
 def _(x, group_size=0, strict=False):
     return x.new_empty(x.shape, dtype=torch.int8), _scales(x, group_size)
@@ -49,7 +55,7 @@ def _(x, strict=False):
 
 @_fake("narrowcast::quantize_int8_static")
 def _(x, scale, zero_point=0, dtype=torch.int8, strict=False):
-    return torch.empty_like(x, dtype=dtype)
+    return _laid_out_like(x, dtype)
 
 
 # dequantize
@@ -57,6 +63,8 @@ def _(x, scale, zero_point=0, dtype=torch.int8, strict=False):
 
 @_fake("narrowcast::dequantize_int8")
 def _(q, scale, zero_point=None, group_size=0, out_dtype=torch.float32):
+    if scale.dim() == 0:
+        return _laid_out_like(q, out_dtype)
     return q.new_empty(q.shape, dtype=out_dtype)
 
 
