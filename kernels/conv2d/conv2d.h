@@ -6,9 +6,9 @@
 //   packed            the weights, by conv2d_pack.
 //   epilogue          bias, activations, residual, output: common/epilogue.h, a pixel is a row.
 //
-// Three forms: 1x1 without stride or padding is `linear` over pixels; depthwise (groups = channels
-// = outputs) has a kernel here; everything else gathers the taps of some pixels into rows and takes
-// linear's kernels, group by group.
+// Four forms: 1x1 without stride or padding is `linear` over pixels; depthwise (groups = channels
+// = outputs) has a kernel here, and so have few channels where the CPU has AVX-512; everything else
+// gathers the taps of some pixels into rows and takes linear's kernels, group by group.
 //
 // Numerics: those of linear (linear.h); depthwise in float32, fused, in the order of the taps.
 #pragma once
@@ -52,6 +52,9 @@ struct Conv2dKernel {
   // and 0 from height * width * C / groups on.
   void (*gather)(const Conv2dArgs& args, int64_t group, int64_t p0, int64_t p1, DType to_dtype,
                  void* to, int64_t ld);
+  // One output row, without gathering, of a float32 convolution in one group whose taps across lie
+  // side by side and whose weights are packed as linear_float32_avx512 does; or nullptr.
+  void (*direct)(const Conv2dArgs& args, int64_t row) = nullptr;
 };
 #define KERNEL(name, isa) extern const Conv2dKernel conv2d_##name;
 #include "conv2d/conv2d.inc"

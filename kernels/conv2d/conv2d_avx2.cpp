@@ -1,3 +1,5 @@
 #include "conv2d/conv2d_rows.h"
 
-NC_CONV2D_KERNEL(avx2)
+namespace narrowcast {
+extern const Conv2dKernel conv2d_avx2 = {&depthwise_any, &gather_any};
+}

@@ -1,3 +1,6 @@
+#include "conv2d/conv2d_direct_avx512.h"
 #include "conv2d/conv2d_rows.h"
 
-NC_CONV2D_KERNEL(avx512)
+namespace narrowcast {
+extern const Conv2dKernel conv2d_avx512 = {&depthwise_any, &gather_any, &direct_row};
+}

@@ -1,3 +1,5 @@
 #include "conv2d/conv2d_rows.h"
 
-NC_CONV2D_KERNEL(generic)
+namespace narrowcast {
+extern const Conv2dKernel conv2d_generic = {&depthwise_any, &gather_any};
+}

@@ -238,8 +238,3 @@ void gather_any(const Conv2dArgs& a, int64_t group, int64_t p0, int64_t p1, DTyp
 
 }  // namespace
 }  // namespace narrowcast
-
-#define NC_CONV2D_KERNEL(name)                                             \
-  namespace narrowcast {                                                   \
-  extern const Conv2dKernel conv2d_##name = {&depthwise_any, &gather_any}; \
-  }

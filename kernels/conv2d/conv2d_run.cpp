@@ -21,6 +21,7 @@ NC_VARIANT_LIST(conv2d, const Conv2dKernel*, kVariants)
 constexpr int64_t kShared = 256;  // pixels up to which one gathered matrix serves all threads
 constexpr int64_t kGathered = 256 << 10;  // bytes of gathered rows that stay in L2
 constexpr int64_t kLeastRows = 12;
+constexpr int64_t kDirectDepth = 160;  // taps * channels whose panel of weights stays in L1
 
 int64_t bytes_of(DType t) { return t == DType::kFloat32 ? 4 : 2; }
 int64_t pixels(const Conv2dArgs& a) { return a.images * a.out_height * a.out_width; }
@@ -168,6 +169,14 @@ void conv2d_run(const Conv2dArgs& a) {
     LinearArgs l = product(a, 0, 0, pixels(a));
     l.x = a.x, l.ldx = a.channels, l.scratch = a.scratch;
     return linear_run(l);
+  }
+  if (kernel.direct && a.dtype == DType::kFloat32 && a.groups == 1 && a.window.dilation[1] == 1 &&
+      depth_of(a) <= kDirectDepth && &format_of(a) == &linear_float32_avx512) {
+    const int64_t work = std::max<int64_t>(1, a.out_width * depth_of(a) * a.out_channels);
+    return parallel_for(0, a.images * a.out_height, std::max<int64_t>(1, (1 << 20) / work),
+                        [&](int64_t begin, int64_t end) {
+                          for (int64_t row = begin; row < end; ++row) kernel.direct(a, row);
+                        });
   }
   if (!conv2d_is_depthwise(a))
     return pixels(a) <= kShared ? run_shared(a, kernel) : run_gathered(a, kernel);

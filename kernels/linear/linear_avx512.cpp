@@ -7,15 +7,6 @@ namespace narrowcast {
 namespace {
 
 template <DType kDType>
-struct Widened {
-  static constexpr int64_t kDepth = 1,
-                           kPanelBytes = kLinearPanel * (kDType == DType::kFloat32 ? 4 : 2);
-  static __m512 load(const char* w) { return load16(w, 0, kDType, 0xffff); }
-  static __m512 broadcast(const char* x) { return broadcast_word(x); }
-  static __m512 fma(__m512 x, __m512 w, __m512 acc) { return _mm512_fmadd_ps(x, w, acc); }
-};
-
-template <DType kDType>
 void pack(const void* w, int64_t ldw, int columns, int64_t depth, void* panel) {
   for (int n = 0; n < kLinearPanel; n += 16)
     for (int64_t k = 0; k < depth; k += 16) {

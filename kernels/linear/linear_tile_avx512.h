@@ -20,30 +20,65 @@ inline __m512 broadcast_word(const char* x) {
   return _mm512_set1_ps(word);
 }
 
+// Weights that are widened on load, x in float32.
+template <DType kDType>
+struct Widened {
+  static constexpr int64_t kDepth = 1,
+                           kPanelBytes = kLinearPanel * (kDType == DType::kFloat32 ? 4 : 2);
+  static __m512 load(const char* w) { return load16(w, 0, kDType, 0xffff); }
+  static __m512 broadcast(const char* x) { return broadcast_word(x); }
+  static __m512 fma(__m512 x, __m512 w, __m512 acc) { return _mm512_fmadd_ps(x, w, acc); }
+};
+
+// K in pieces that lie this many bytes apart (a convolution's kernel, line by line).
+struct Lines {
+  int64_t count = 1, x = 0, w = 0;
+};
+
 template <class Step, int R, int V>
 [[gnu::always_inline]] inline void multiply(const char* x, int64_t ldx_bytes, const char* w,
-                                            int64_t steps, float* sums, bool first) {
+                                            int64_t steps, float* sums, bool first,
+                                            const Lines& lines = {}) {
   __m512 acc[R][V];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
       acc[r][v] = first ? _mm512_setzero_ps() : _mm512_load_ps(sums + r * kLinearPanel + v * 16);
-  for (int64_t s = 0; s < steps; ++s, w += Step::kPanelBytes) {
-    __m512 weights[V];
+  for (int64_t line = 0; line < lines.count; ++line) {
+    const char *x_line = x + line * lines.x, *w_line = w + line * lines.w;
+    for (int64_t s = 0; s < steps; ++s, w_line += Step::kPanelBytes) {
+      __m512 weights[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weights[v] = Step::load(w + v * Step::kPanelBytes / 4);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const __m512 value = Step::broadcast(x + r * ldx_bytes + s * 4);
+      for (int v = 0; v < V; ++v) weights[v] = Step::load(w_line + v * Step::kPanelBytes / 4);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const __m512 value = Step::broadcast(x_line + r * ldx_bytes + s * 4);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = Step::fma(value, weights[v], acc[r][v]);
+        for (int v = 0; v < V; ++v) acc[r][v] = Step::fma(value, weights[v], acc[r][v]);
+      }
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) _mm512_store_ps(sums + r * kLinearPanel + v * 16, acc[r][v]);
+}
+
+// The epilogue of rows of sums, which are overwritten.
+template <int V>
+[[gnu::noinline]] void finish_rows(const Epilogue& epilogue, float* sums, int64_t m0, int rows,
+                                   int64_t n0, int columns) {
+  const Epilogue e = epilogue;  // a copy that no store can be thought to change
+  if (e.bias)
+    for (int v = 0; v < V; ++v) {
+      const __m512 bias = load16(e.bias, n0 + v * 16, e.bias_dtype, mask16(columns - v * 16));
+      for (int r = 0; r < rows; ++r) {
+        float* sum = sums + r * kLinearPanel + v * 16;
+        _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), bias));
+      }
+    }
+  finish_tile16(e, sums, m0, rows, n0, columns);
 }
 
 template <class Step, int V>
@@ -81,14 +116,7 @@ void rows_of_panel(const LinearArgs& a, const char* panel, int64_t m0, int64_t m
         default:
           multiply<Step, 6, V>(x, ldx, w, count, sum, b == 0);
       }
-      if (b + 1 == blocks)
-        for (int v = 0; v < V; ++v) {
-          const int left = columns - v * 16;
-          const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-          for (int64_t r = 0; r < rows; ++r)
-            finish16(a.epilogue, _mm512_load_ps(sum + r * kLinearPanel + v * 16), m + r,
-                     n0 + v * 16, mask);
-        }
+      if (b + 1 == blocks) finish_rows<V>(a.epilogue, sum, m, static_cast<int>(rows), n0, columns);
       m += rows;
     }
   }
