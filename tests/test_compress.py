@@ -11,11 +11,9 @@ from torch import nn
 
 import narrowcast as nc
 from narrowcast.compress import weights
-from narrowcast.compress.cnn import absorb_padding
 from narrowcast.compress.metrics import bootstrap, image_metrics
 from narrowcast.errors import ArgumentError, UnsupportedError
-from narrowcast.graph import Graph, Plan
-from narrowcast.graph.passes import optimize
+from narrowcast.graph import Plan
 from narrowcast.importers.model import Model
 
 AUTO = torch.export.Dim.AUTO
@@ -59,15 +57,6 @@ def test_cnn_int8(cnn, tmp_path):
         expected = module(x)
     assert ((exe(x) - expected).norm() / expected.norm()) < 0.05
     assert nc.verify(tmp_path / "cnn.plan").ok
-
-
-def test_padding_is_absorbed_exactly(cnn):
-    model, _ = cnn
-    graph, _ = optimize(Graph.from_exported(model.exported))
-    x = torch.randn(3, 3, 16, 16)
-    before = graph.run(x)[0]
-    assert absorb_padding(graph) == 1
-    torch.testing.assert_close(graph.run(x)[0], before)
 
 
 class Block(nn.Module):

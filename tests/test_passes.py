@@ -316,7 +316,15 @@ def test_padding_joins_the_convolution():
     assert next(graph.calls()).args[4] == [2, 3]
 
 
-@pytest.mark.parametrize("sides, value", [((0, 1, 0, 1), 0.0), ((1, 1, 1, 1), 2.0)])
+def test_uneven_padding_joins_the_convolution():
+    """TensorFlow's "same" with stride 2 pads at the end only."""
+    module = Lambda(lambda m, x: m.c(F.pad(x, (0, 1, 2, 3))), c=nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0)))
+    graph = fuse(module, torch.randn(2, 4, 8, 9))
+    assert [n.target for n in graph.calls()] == [ops.conv2d.default]
+    assert next(graph.calls()).args[4] == [3, 0, 4, 1]  # top, left, bottom, right
+
+
+@pytest.mark.parametrize("sides, value", [((0, -1, 0, 0), 0.0), ((1, 1, 1, 1), 2.0)])
 def test_other_padding_stays(sides, value):
     module = Lambda(lambda m, x: m.c(F.pad(x, sides, value=value)), c=nn.Conv2d(4, 6, 3))
     assert count(fuse(module, torch.randn(2, 4, 8, 8)), aten.pad.default) == 1

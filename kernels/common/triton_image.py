@@ -124,12 +124,13 @@ class Window:
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
+    end: tuple[int, int]  #: padding below and to the right
     dilation: tuple[int, int]
     out: tuple[int, int]
 
     @property
     def padded(self) -> bool:
-        return self.padding != (0, 0)
+        return any((*self.padding, *self.end))
 
 
 def check_image(op: str, argument: str, x: Tensor, dtypes: Sequence[torch.dtype], names: str) -> None:
@@ -142,31 +143,37 @@ def check_image(op: str, argument: str, x: Tensor, dtypes: Sequence[torch.dtype]
     )  # fmt: skip
 
 
-def _pair(op: str, argument: str, values: Sequence[int], least: int, otherwise: int) -> tuple[int, int]:
+def _numbers(
+    op: str, argument: str, values: Sequence[int], least: int, otherwise: int, four: bool = False
+) -> tuple[int, ...]:
     values = list(values) or [otherwise, otherwise]
-    if len(values) != 2 or not all(least <= v < 2**31 for v in values):
-        fail(op, f"{argument} must be 2 numbers from {least} to {2**31 - 1}, got {values}")
-    return values[0], values[1]
+    count = "2 or 4" if four else "2"
+    if str(len(values)) not in count or not all(least <= v < 2**31 for v in values):
+        fail(op, f"{argument} must be {count} numbers from {least} to {2**31 - 1}, got {values}")
+    return tuple(values)
 
 
 def window_of(
     op: str, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], ceil: bool = False, source: str = "kernel_size",
+    dilation: Sequence[int], ceil: bool = False, source: str = "kernel_size", uneven: bool = False,
 ) -> Window:  # fmt: skip
-    """``size``: of the image; ``source``: the argument that the kernel's size comes from."""
-    k, s = _pair(op, "kernel_size", kernel, 1, 1), _pair(op, "stride", stride, 1, 1)
-    p, d = _pair(op, "padding", padding, 0, 0), _pair(op, "dilation", dilation, 1, 1)
+    """size: of the image. source: the argument that the kernel's size comes from. uneven: padding may be 4 numbers,
+    top, left, bottom and right."""
+    k, s = _numbers(op, "kernel_size", kernel, 1, 1), _numbers(op, "stride", stride, 1, 1)
+    p, d = _numbers(op, "padding", padding, 0, 0, uneven), _numbers(op, "dilation", dilation, 1, 1)
+    p, e = p[:2], p[-2:]
     out = []
     for i in range(2):
-        span = size[i] + 2 * p[i] - d[i] * (k[i] - 1) - 1
+        span = size[i] + p[i] + e[i] - d[i] * (k[i] - 1) - 1
         require(
             span >= 0, op,
-            f"{source} must fit the padded image, got {k[i]} with dilation {d[i]} on {size[i]} with padding {p[i]}",
+            f"{source} must fit the padded image, got {k[i]} with dilation {d[i]} on {size[i]} with padding {p[i]} and "
+            f"{e[i]}",
         )  # fmt: skip
         positions = (span + s[i] - 1) // s[i] + 1 if ceil else span // s[i] + 1
         # A last window that overhangs counts when it starts inside the image or its left padding.
         out.append(positions - 1 if ceil and (positions - 1) * s[i] >= size[i] + p[i] else positions)
-    return Window(k, s, p, d, (out[0], out[1]))
+    return Window(k, s, p, e, d, (out[0], out[1]))
 
 
 def nhwc(x: Tensor) -> Tensor:

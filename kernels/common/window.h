@@ -1,12 +1,13 @@
-// A window that slides over an image: kernel, stride, padding and dilation, each as (height,
-// width).
+// A window that slides over an image: kernel, stride, padding before and after it, and dilation,
+// each as (height, width).
 #pragma once
 #include <cstdint>
 
 namespace narrowcast {
 
 struct Window {
-  int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+  int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, end[2] = {0, 0},
+          dilation[2] = {1, 1};
 };
 
 // Taps [first, last) of output position `at` along axis d (0: height, 1: width) that lie inside an

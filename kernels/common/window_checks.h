@@ -10,10 +10,10 @@ namespace narrowcast {
 // Refuses what is not an image [N, C, H, W] with H, W >= 1 and at most 2^40 elements.
 void check_image(const char* op, const char* argument, const TensorView& t);
 // Reads the window's arguments; an empty list stands for its default. Refuses lengths other than 2
-// and values out of range.
+// and values out of range. uneven: padding may be 4 numbers, top, left, bottom and right.
 Window make_window(const char* op, const std::vector<int64_t>& kernel,
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation);
+                   const std::vector<int64_t>& dilation, bool uneven = false);
 // Positions of the window along axis d of an image of `size`; refuses a window larger than the
 // padded image. ceil: a last position that overhangs counts when it starts inside the image or its
 // left padding.

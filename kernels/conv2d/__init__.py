@@ -24,7 +24,7 @@ def conv2d(
 
     x [N, C, H, W] in any strides (copied once unless channels-last), float32, float16 or bfloat16; weight
     [O, C / groups, height, width] of the dtype of x; bias [O] and residual (the shape of the result, any
-    strides) in any of the three dtypes. Returns [N, O, H', W'] channels-last in the dtype of x. groups = C
+    strides) in any of the three dtypes. padding is (vertical, horizontal), or (top, left, bottom, right). Returns [N, O, H', W'] channels-last in the dtype of x. groups = C
     = O, the depthwise form, has a kernel of its own. Raises RuntimeError naming the argument.
     """
     return _ops.conv2d(

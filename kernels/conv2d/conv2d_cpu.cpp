@@ -37,7 +37,7 @@ Conv2dArgs conv2d_args(const Operands& o) {
   a.dtype = o.x.dtype, a.groups = o.groups;
   a.images = o.x.sizes[0], a.channels = channels, a.height = o.x.sizes[2], a.width = o.x.sizes[3];
   a.out_channels = w.sizes[0];
-  a.window = make_window(kOp, {w.sizes[2], w.sizes[3]}, o.stride, o.padding, o.dilation);
+  a.window = make_window(kOp, {w.sizes[2], w.sizes[3]}, o.stride, o.padding, o.dilation, true);
   a.out_height = window_positions(kOp, a.window, 0, a.height, false, "weight");
   a.out_width = window_positions(kOp, a.window, 1, a.width, false, "weight");
 

@@ -104,7 +104,7 @@ bool conv2d_is_depthwise(const Conv2dArgs& a) {
 bool conv2d_is_pointwise(const Conv2dArgs& a) {
   const Window& w = a.window;
   return a.groups == 1 && w.kernel[0] == 1 && w.kernel[1] == 1 && w.stride[0] == 1 &&
-         w.stride[1] == 1 && w.padding[0] == 0 && w.padding[1] == 0;
+         w.stride[1] == 1 && a.out_height == a.height && a.out_width == a.width;
 }
 
 const char* conv2d_layout(const Conv2dArgs& a) {

@@ -110,7 +110,9 @@ def conv2d(
         f"weight must be {name(x.dtype)} [O, C / groups, height, width] with C / groups = {depth} "
         f"and O a multiple of groups, got {describe(weight)}",
     )  # fmt: skip
-    window = window_of(OP, x.shape[2:], weight.shape[2:], stride, padding, dilation, source="weight")
+    window = window_of(
+        OP, x.shape[2:], weight.shape[2:], stride, padding, dilation, source="weight", uneven=True
+    )
     o = weight.shape[0]
     shape = (x.shape[0], o, *window.out)
     require(

@@ -32,7 +32,8 @@ def conv2d_int8(
 
     acc is the convolution of ``x_q - x_zero_point`` with w_q, residual' is
     ``(residual - residual_zero_point) * residual_scale``. x_q uint8 or int8 [N, C, H, W] in any strides
-    (copied once unless channels-last); padding counts as the zero point. w_q int8 [O, C / groups, height,
+    (copied once unless channels-last); padding, (vertical, horizontal) or (top, left, bottom, right),
+    counts as the zero point. w_q int8 [O, C / groups, height,
     width]; w_scale float32 [O] or [1]; bias float32 [O]; residual uint8, int8 or floating, of the shape of
     the result. With out_scale 0 the result is y (float32 unless out_dtype says otherwise), else uint8 or
     int8 codes ``round(y / out_scale) + out_zero_point``, rounded half to even and saturated. Returns

@@ -75,13 +75,13 @@ struct Conv2dInt8Kernel {
   void (*depthwise)(const DepthwiseRow&, const ConvEpilogue&);
   void (*pack_depthwise)(const int8_t* w, int64_t channels, int64_t kh, int64_t kw, int8_t* packed);
   int64_t (*depthwise_bytes)(int64_t channels, int64_t kh, int64_t kw);  // packed weights
-  int64_t (*depthwise_scratch)(int64_t width, int64_t padding, int64_t kh);
+  int64_t (*depthwise_scratch)(int64_t padded_width, int64_t kh);
 };
 
 struct Conv2dInt8Shape {
   int64_t batch, height, width, channels;
   int64_t out_channels, kernel_height, kernel_width;
-  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
+  int64_t stride_h, stride_w, padding_h, padding_w, padding_right, dilation_h, dilation_w, groups;
   int64_t out_height, out_width;
 };
 

@@ -114,7 +114,7 @@ int64_t pairs_of(int64_t kh) { return (kh + 1) / 2; }
 int64_t depthwise_bytes(int64_t channels, int64_t kh, int64_t kw) {
   return (channels + kBlock - 1) / kBlock * kw * pairs_of(kh) * kBlock * 4;
 }
-int64_t depthwise_scratch(int64_t, int64_t, int64_t) { return 0; }
+int64_t depthwise_scratch(int64_t, int64_t) { return 0; }
 
 void pack_depthwise(const int8_t* w, int64_t channels, int64_t kh, int64_t kw, int8_t* packed) {
   int16_t* to = reinterpret_cast<int16_t*>(packed);

@@ -130,8 +130,8 @@ int64_t depthwise_bytes(int64_t channels, int64_t kh, int64_t kw) {
   return (channels + kBlock - 1) / kBlock * kw * groups_of(kh) * 256;
 }
 
-int64_t depthwise_scratch(int64_t width, int64_t padding, int64_t kh) {
-  return (width + 2 * padding) * groups_of(kh) * 256;
+int64_t depthwise_scratch(int64_t padded_width, int64_t kh) {
+  return padded_width * groups_of(kh) * 256;
 }
 
 // The channel at place `at` of a block.

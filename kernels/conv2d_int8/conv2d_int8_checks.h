@@ -54,9 +54,10 @@ inline Conv2dInt8Shape shape_of(const Call& c) {
   NC_CHECK(c.w.sizes[1] * s.kernel_height * s.kernel_width <= 65536, op,
            "w_q must have at most 65536 weights per output channel (int32 sums), got ", shape(c.w));
   const Window w =
-      make_window(op, {s.kernel_height, s.kernel_width}, c.stride, c.padding, c.dilation);
+      make_window(op, {s.kernel_height, s.kernel_width}, c.stride, c.padding, c.dilation, true);
   s.stride_h = w.stride[0], s.stride_w = w.stride[1];
   s.padding_h = w.padding[0], s.padding_w = w.padding[1];
+  s.padding_right = w.end[1];
   s.dilation_h = w.dilation[0], s.dilation_w = w.dilation[1];
   s.out_height = window_positions(op, w, 0, s.height, false, "w_q");
   s.out_width = window_positions(op, w, 1, s.width, false, "w_q");

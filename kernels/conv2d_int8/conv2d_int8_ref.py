@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from narrowcast.kernels.conv2d.conv2d_ref import evenly_padded
 from narrowcast.kernels.linear_int8.linear_int8_ref import ACTIVATIONS
 
 
 def accumulate(x_q, x_zero_point, w_q, stride, padding, dilation, groups) -> Tensor:
     """Exact sums [N, O, OH, OW], in float64 (which holds them)."""
-    x = x_q.double() - x_zero_point  # padding with 0 is padding with the zero point
+    # Padding with 0 is padding with the zero point.
+    x, padding = evenly_padded(x_q.double() - x_zero_point, padding)
     return F.conv2d(x, w_q.double(), None, stride, padding, dilation, groups)
 
 

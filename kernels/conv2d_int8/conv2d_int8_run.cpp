@@ -122,7 +122,7 @@ void run_dense(const Conv2dInt8Args& a, const uint8_t* x, int64_t depth, const u
   const int64_t tiles = (pixels + per_tile - 1) / per_tile;
   const int64_t bytes = panel_bytes(k, s);
   const bool pointwise = !gathered && taps == 1 && s.stride_h == 1 && s.stride_w == 1 &&
-                         s.padding_h == 0 && s.padding_w == 0;
+                         s.out_height == s.height && s.out_width == s.width;
   const int64_t work = per_tile * widest * k.panel * (depth * taps + kFinish);
 
   // Tiles of a block follow one another: its weights stay in the cache.
@@ -189,8 +189,8 @@ void run_depthwise(const Conv2dInt8Args& a, uint8_t* scratch, const uint8_t* zer
   const Conv2dInt8Kernel& k = *a.weights.kernel;
   constexpr int64_t kBlock = 64;
   const int64_t blocks = (s.channels + kBlock - 1) / kBlock, rows = s.batch * s.out_height;
-  const int64_t per_thread =
-      round_up(k.depthwise_scratch(s.width, s.padding_w, s.kernel_height), kAlign);
+  const int64_t per_thread = round_up(
+      k.depthwise_scratch(s.width + s.padding_w + s.padding_right, s.kernel_height), kAlign);
   const int64_t block_bytes = k.depthwise_bytes(kBlock, s.kernel_height, s.kernel_width);
   const int64_t work = s.out_width * kBlock * (s.kernel_height * s.kernel_width + kFinish);
   // One piece per thread at most: each owns its part of the scratch memory.
@@ -361,8 +361,9 @@ int64_t conv2d_int8_scratch(const Conv2dInt8Kernel& k, const Conv2dInt8Shape& s)
   const int64_t zero_row = round_up(round_up(s.channels, 64), kAlign);
   if (is_depthwise(k, s))
     return zero_row +
-           thread_count() *
-               round_up(k.depthwise_scratch(s.width, s.padding_w, s.kernel_height), kAlign);
+           thread_count() * round_up(k.depthwise_scratch(s.width + s.padding_w + s.padding_right,
+                                                         s.kernel_height),
+                                     kAlign);
   if (s.groups == 1 && s.channels % k.depth_step != 0 && !gathers(k, s))
     return zero_row + s.batch * s.height * s.width * round_up(s.channels, k.depth_step);
   return zero_row;

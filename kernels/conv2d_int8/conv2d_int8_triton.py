@@ -247,7 +247,7 @@ def conv2d_int8(
     """The room's page has the formula, shapes and errors. Channels-last weights are read where they lie."""
     check_image(OP, "x_q", x_q, BYTES, "uint8 or int8")
     _check_weights(x_q, w_q, w_scale, bias, groups)
-    window = window_of(OP, x_q.shape[2:], w_q.shape[2:], stride, padding, dilation, source="w_q")
+    window = window_of(OP, x_q.shape[2:], w_q.shape[2:], stride, padding, dilation, source="w_q", uneven=True)
     _check_scale("x_scale", x_scale)
     require(
         is_code(x_zero_point, x_q.dtype), OP,

@@ -17,8 +17,16 @@ def _channels_last(x: Tensor, sizes: list, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(sizes, (h * w * c, 1, w * c, c), dtype=dtype, device=x.device)
 
 
-def _pooled(size, kernel: int, stride: int, padding: int, dilation: int = 1, ceil: bool = False):
-    span = size + 2 * padding - dilation * (kernel - 1) - 1
+def _pooled(
+    size,
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int = 1,
+    ceil: bool = False,
+    end: int | None = None,
+):
+    span = size + padding + (padding if end is None else end) - dilation * (kernel - 1) - 1
     if not ceil:
         return span // stride + 1
     out = (span + stride - 1) // stride + 1
@@ -191,7 +199,10 @@ def _(q, k_cache, v_cache, lengths, *options, **named_options):
 
 def _conv(x, weight, stride, padding, dilation, dtype):
     kernel = weight.shape[2:]
-    spatial = [_pooled(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    spatial = [
+        _pooled(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], end=padding[i - 2])
+        for i in (0, 1)
+    ]
     return _channels_last(x, [x.shape[0], weight.shape[0], *spatial], dtype)
 
 

@@ -28,8 +28,8 @@ def is_code(value: int, dtype: torch.dtype) -> bool:
     return -128 <= value <= 127 if dtype == INT8 else 0 <= value <= 255
 
 
-def positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def positions(size: int, kernel: int, stride: int, padding: int, end: int, dilation: int) -> int:
+    return (size + padding + end - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def draw_image(draw: Draw, channels: int, dtype: torch.dtype, **values) -> Tensor:
@@ -54,6 +54,15 @@ def bad_pair(v: list[int], least: int, most: int = MOST) -> bool:
     return len(v) != 2 or not all(least <= n <= most for n in v)
 
 
+def bad_window(a: Arguments) -> set[str]:
+    """Of a convolution; its padding may be 2 numbers or 4."""
+    p = a["padding"]
+    found = {n for n, least in (("stride", 1), ("dilation", 1)) if bad_pair(a[n], least)}
+    return found | (
+        {"padding"} if len(p) not in (2, 4) or bad_pair(p[:2], 0) or bad_pair(p[-2:], 0) else set()
+    )
+
+
 def draw_conv(draw: Draw, dtype: torch.dtype, weight_dtype: torch.dtype, names: tuple[str, str], **values):
     form = draw.choice(("dense", "dense", "depthwise", "groups"))
     groups = 1 if form == "dense" else draw.choice((2, 3, 4, 16, 17, 33))
@@ -62,19 +71,22 @@ def draw_conv(draw: Draw, dtype: torch.dtype, weight_dtype: torch.dtype, names: 
     x = draw_image(draw, groups * per_group, dtype, **values)
     a: Arguments = {names[0]: x}
     draw_window(draw, a, *x.shape[2:])
+    if draw.chance(0.3):
+        a["padding"] = [*a["padding"], *(p + draw.choice((0, 1, 2)) for p in a["padding"])]
     a[names[1]] = draw.tensor([groups * out_per_group, per_group, *a.pop("kernel")], weight_dtype)
     a["groups"] = groups
     return a
 
 
 def conv_shape(a: Arguments, x: Tensor, w: Tensor) -> list[int]:
-    window = zip(x.shape[2:], w.shape[2:], a["stride"], a["padding"], a["dilation"])
+    p = a["padding"]
+    window = zip(x.shape[2:], w.shape[2:], a["stride"], p[:2], p[-2:], a["dilation"])
     return [x.shape[0], w.shape[0], *(positions(*axis) for axis in window)]
 
 
 def conv_faults(a: Arguments, names: tuple[str, str]) -> set[str]:
     x, w, groups = a[names[0]], a[names[1]], a["groups"]
-    found = {n for n, least in (("stride", 1), ("padding", 0), ("dilation", 1)) if bad_pair(a[n], least)}
+    found = bad_window(a)
     # What does not fit together may be blamed on either side.
     if x.dim() != 4 or 0 in x.shape[1:]:
         return found | set(names) | {"groups"}
@@ -96,8 +108,7 @@ def conv_elements(a: Arguments) -> int:
     """Padding alone can make an output of any size."""
     x, w = a.get("x", a.get("x_q")), a.get("weight", a.get("w_q"))
     a = with_defaults(a)
-    windows = (bad_pair(a[n], least) for n, least in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    if x.dim() != 4 or w.dim() != 4 or any(windows):
+    if x.dim() != 4 or w.dim() != 4 or bad_window(a):
         return 0
     return math.prod(max(n, 0) for n in conv_shape(a, x, w))
 
@@ -339,7 +350,7 @@ def expect_average(a: Arguments) -> list[Expected]:
     kernel = list(a["kernel_size"] or x.shape[2:])
     stride = a["stride"] or kernel
     if x.numel() == 0:
-        spatial = [positions(*axis, 1) for axis in zip(x.shape[2:], kernel, stride, padding)]
+        spatial = [positions(*axis, 1) for axis in zip(x.shape[2:], kernel, stride, padding, padding)]
         return [Expected(torch.zeros((*x.shape[:2], *spatial)), dtype)]
     y = pool_ref.avg_pool2d_int8(x, a["x_scale"], a["x_zero_point"], kernel, stride, padding)
     if dtype in BYTES:

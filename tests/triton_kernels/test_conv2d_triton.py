@@ -20,6 +20,8 @@ CASES = [  # input shape, outputs, groups, kernel, stride, padding, dilation
     ((1, 6, 7, 7), 18, 6, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((2, 12, 9, 7), 20, 4, (3, 3), (2, 1), (1, 1), (1, 2)),
     ((1, 70, 4, 5), 66, 2, (3, 1), (1, 1), (1, 0), (1, 1)),
+    ((1, 3, 10, 8), 6, 1, (3, 3), (2, 2), (0, 0, 1, 1), (1, 1)),
+    ((1, 35, 6, 9), 35, 35, (3, 5), (2, 2), (0, 1, 1, 2), (1, 1)),
     ((1, 1, 1, 1), 1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
     ((1, 2, 1, 1), 3, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
 ]
@@ -73,7 +75,7 @@ def test_any_layout_and_empty():
         ({"residual": torch.ones(1, 6, 5, 5)}, "residual must be"),
         ({"groups": 3}, "groups must divide"),
         ({"stride": (0, 1)}, "stride must be 2 numbers"),
-        ({"padding": (1,)}, "padding must be 2 numbers"),
+        ({"padding": (1,)}, "padding must be 2 or 4 numbers"),
         ({"activation": "tanh"}, "activation must be none"),
     ],
 )

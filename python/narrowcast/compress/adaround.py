@@ -103,7 +103,7 @@ def unfold(x: Tensor, layer: Layer, at: tuple[Tensor, Tensor, Tensor], kernel: t
     """What a convolution multiplies its filters with at some output pixels: [G, R, C / G * KH * KW]."""
     image, row, column = at
     (sh, sw), (ph, pw), (dh, dw) = (
-        list(layer[k] or d) for k, d in (("stride", [1, 1]), ("padding", [0, 0]), ("dilation", [1, 1]))
+        list(layer[k] or d)[:2] for k, d in (("stride", [1, 1]), ("padding", [0, 0]), ("dilation", [1, 1]))
     )
     taps = []
     for i in range(kernel[0]):

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from narrowcast.graph import Graph
 from narrowcast.graph.int4_codes import add_codes
-from narrowcast.graph.passes.match import Layer, argument, calls, only_user
+from narrowcast.graph.passes.match import Layer, argument, calls
 
 from .adaround import RoundedConv
 from .equalize import equalize
@@ -41,46 +41,6 @@ Progress = Callable[[str, int, int], Any] | None
 
 
 # --- preparation ----------------------------------------------------------------------------------
-
-
-def absorb_padding(graph: Graph) -> int:
-    """A layer after uneven padding becomes a layer with even padding and a kernel that begins with zeros.
-
-    TensorFlow's "same" with stride 2 pads at the end only. Layers of few channels keep the pad: there the
-    larger kernel would cost more than the copy.
-    """
-    count = 0
-    for node in graph.calls(ops.conv2d.default):
-        layer = Layer(node)
-        pad = layer["x"]
-        if not calls(pad, aten.pad.default, aten.constant_pad_nd.default) or only_user(pad) is not node:
-            continue
-        amounts = list(pad.args[1])
-        mode = argument(pad, 2, "mode", "constant") if pad.target is aten.pad.default else "constant"
-        fill = argument(pad, 3, "value") if pad.target is aten.pad.default else argument(pad, 2, "value", 0)
-        weight = graph.weight(layer["weight"])
-        channels = weight.shape[1] * layer["groups"]
-        if len(amounts) != 4 or mode != "constant" or fill not in (None, 0, 0.0) or channels < 8:
-            continue
-        if list(layer["padding"] or [0, 0]) != [0, 0] or list(layer["dilation"] or [1, 1]) != [1, 1]:
-            continue
-        left, right, top, bottom = amounts
-        if min(amounts) < 0:
-            continue
-        width, height = max(left, right), max(top, bottom)
-        # Zeros before the kernel stand for the padding that is missing at the start, zeros after it at the end.
-        extended = torch.nn.functional.pad(
-            weight, (width - left, width - right, height - top, height - bottom)
-        )
-        name = layer["weight"].target
-        layer.set(
-            x=pad.args[0],
-            weight=graph.add_weight(f"{name}.padded", extended, before=node),
-            padding=[height, width],
-        )
-        count += 1
-    graph.clean()
-    return count
 
 
 def weight_macs(graph: Graph, batches: Batches) -> dict[fx.Node, int]:
@@ -178,7 +138,6 @@ def quantize_cnn(
     Returns what became of every layer, and what was tried: the output errors of the range rules, of the ranges
     chosen edge by edge and of equalisation.
     """
-    absorb_padding(graph)
     searched = some(batches, SEARCHED)
     about: dict[str, Any] = {"equalisation": equalize(graph, batches, searched)}
     edges = observe_edges(graph, batches, progress)
@@ -232,7 +191,7 @@ def quantize_chosen(
 ) -> list[Decision]:
     """The same where it is settled which layers stay in float; ranges of the least squared error. In place.
 
-    edges: what :func:`observe_edges` saw in this graph, after :func:`absorb_padding`.
+    edges: what :func:`observe_edges` saw in this graph.
     """
     convolutions = list(graph.calls(ops.conv2d.default))
     in_float = {node for node in convolutions if layer_name(Layer(node)) in keep_float}

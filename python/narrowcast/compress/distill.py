@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from narrowcast.errors import UnsupportedError
 from narrowcast.graph import Graph
 from narrowcast.graph.passes.match import Layer
+from narrowcast.kernels.conv2d.conv2d_ref import evenly_padded
 
 from .adaround import ACTIVATIONS
 from .ranges import output_error
@@ -98,9 +99,9 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if node.target is ops.linear.default:
             y = F.linear(of("x"), of("weight"), of("bias"))
         else:
+            x, padding = evenly_padded(of("x"), layer["padding"] or [0, 0])
             y = F.conv2d(
-                of("x"), of("weight"), of("bias"), layer["stride"] or 1, layer["padding"] or 0,
-                layer["dilation"] or 1, layer["groups"] or 1,
+                x, of("weight"), of("bias"), layer["stride"] or 1, padding, layer["dilation"] or 1, layer["groups"] or 1,
             )  # fmt: skip
         y = ACTIVATIONS[layer["activation"] or "none"](y)
         residual = of("residual")

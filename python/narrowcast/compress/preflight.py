@@ -22,7 +22,7 @@ from narrowcast.graph.passes.match import Layer
 
 from . import embedding
 from .calibrate import SAMPLE_ROWS
-from .cnn import FLOAT_BUDGET, absorb_padding
+from .cnn import FLOAT_BUDGET
 from .forms import FORMS, ConvInt8, Form, Grouped, Int8, Item, Native, Table, items_of
 from .gptq import INT4, round_weight
 
@@ -61,8 +61,6 @@ class Prediction:
 def bytes_of(graph: Graph, kind: str, recipe: str, group_size: int | None) -> tuple[int, int]:
     """Bytes of the weights of the plan that a recipe makes of a float graph: least and most."""
     graph = graph.clone()
-    if kind == "image":
-        absorb_padding(graph)
     if recipe == "fp32":
         return (graph.weight_bytes,) * 2
     if recipe == "auto":

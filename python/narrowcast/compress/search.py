@@ -35,7 +35,6 @@ from narrowcast.runtime.executor import Executor
 
 from . import cost, knapsack
 from .calibrate import collect
-from .cnn import absorb_padding
 from .forms import FORMS, Draft, Form, Item, Known, items_of
 from .gptq import Rounded
 from .judge import Judge, Verdict
@@ -105,8 +104,6 @@ class Search:
         self.finish, self.certify, self.progress = finish, certify, progress
         self.fused = fused
         graph = fused.clone()
-        if kind == "image":
-            absorb_padding(graph)
         self.memory = Memory(work, graph, data, forms, keep_float)
         self.why: dict[str, str] = dict.fromkeys(keep_float, "asked for")
         self.items = [item for item in items_of(graph, forms) if item.name not in keep_float]

@@ -48,7 +48,7 @@ class Decision:
 
 def layer_name(layer: Layer) -> str:
     name = layer["weight"].target
-    for suffix in (".padded", ".folded", ".weight", ".conv"):
+    for suffix in (".folded", ".weight", ".conv"):
         name = name.removesuffix(suffix)
     return name
 

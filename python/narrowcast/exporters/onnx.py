@@ -146,7 +146,11 @@ def _pair(values: Any, default: int) -> list[int]:
 
 def _window(a: dict[str, Any]) -> dict[str, Any]:
     padding = _pair(a["padding"], 0)
-    return {"strides": _pair(a["stride"], 1), "pads": padding * 2, "dilations": _pair(a["dilation"], 1)}
+    return {
+        "strides": _pair(a["stride"], 1),
+        "pads": padding if len(padding) == 4 else padding * 2,
+        "dilations": _pair(a["dilation"], 1),
+    }
 
 
 def _quantize_static(w: _Writer, node: fx.Node, a: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ def to_conv2d(graph: Graph) -> int:
 
 
 def _joined_padding(graph: Graph, x: fx.Node, padding: list[int]) -> tuple[fx.Node, list[int]]:
-    """A call of pad with zeros, the same on opposite sides, as part of the convolution's own padding."""
+    """A call of pad with zeros as part of the convolution's own padding."""
     if not calls(x, aten.pad.default, aten.constant_pad_nd.default):
         return x, padding
     zeros = x.target is aten.constant_pad_nd.default or argument(x, 2, "mode", "constant") == "constant"
@@ -56,9 +56,10 @@ def _joined_padding(graph: Graph, x: fx.Node, padding: list[int]) -> tuple[fx.No
     if not zeros or number not in (None, 0) or len(sides) != 4 or not all(isinstance(s, int) for s in sides):
         return x, padding
     left, right, top, bottom = sides
-    if left != right or top != bottom or left < 0 or top < 0:
+    if min(sides) < 0:
         return x, padding
-    return x.args[0], [padding[0] + top, padding[1] + left]
+    starts, ends = [padding[0] + top, padding[1] + left], [padding[0] + bottom, padding[1] + right]
+    return x.args[0], starts if starts == ends else starts + ends
 
 
 def fold_batch_norm(graph: Graph) -> int:
