@@ -150,7 +150,7 @@ def attention(b: int, hq: int, hkv: int, s: int, d: int, causal: bool, int8: boo
         lambda q, k, v: call(q, k, v, None, None, causal),
         lambda i: softmax_attention(i["q"], i["k"], i["v"], causal),
         4 * b * s * d * (hq + hkv), {"int8": work / 2, "bf16": work / 2} if int8 else {"bf16": work},
-        [*peers.sdpas(causal), peers.sage(causal)] if int8 else peers.sdpas(causal),
+        [*peers.sdpas(causal), peers.sage(causal), peers.all_integer(causal)] if int8 else peers.sdpas(causal),
         part=last_queries, limit=0.05 if int8 else 0.02,
     )  # fmt: skip
 

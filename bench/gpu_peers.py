@@ -6,6 +6,7 @@ timed. What is not installed is named as absent, what raises as refused; neither
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -198,6 +199,18 @@ def sage(causal: bool) -> Peer:
         return lambda: sageattn(i["q"], i["k"], i["v"], tensor_layout="HND", is_causal=causal)
 
     return Peer("sageattention", build, "sageattention")
+
+
+def all_integer(causal: bool) -> Peer:
+    """The other form of our own kernel, which rounds weights and values to 8 bits too."""
+
+    def build(i: Inputs):
+        from narrowcast.kernels.attention_int8 import attention_int8_triton as room
+
+        call = functools.partial(room.attention_int8, causal=causal, integer_values=True)
+        return lambda: call(i["q"], i["k"], i["v"])
+
+    return Peer("triton, all integers", build)
 
 
 # the rest

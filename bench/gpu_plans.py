@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parents[1] / "demo"))
 import models
 
 import narrowcast as nc
-from gpu_harness import Draw
+from gpu_harness import Draw, Loop
 from harness import measure, row
 from narrowcast.compress.transformer import quantize_grouped
 from narrowcast.graph import Graph, Plan
@@ -89,16 +89,8 @@ def in_graph(call: Call, device: torch.device) -> Call | None:
     """The same work as one CUDA graph, where it can be captured."""
     if device.type != "cuda":
         return None
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    loop = Loop([call], device)
+    return loop if loop.captured else None
 
 
 # A decoder of a real shape on random weights

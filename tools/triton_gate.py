@@ -17,7 +17,7 @@ from pathlib import Path
 
 #: Compute capability -> bytes of shared memory that a block may have there. 86, 89 and 120 run what 80 does within 99 KiB.
 ARCHITECTURES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORES = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
+TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*"
 #: By a thread, into shared memory, by the tensor memory accelerator.
 WIDE_LOADS = (
     r"\bld\.global[\w.:]*\.v[48]\.b32|\bld\.global[\w.:]*\.v2\.b64|cp\.async\.cg\.[^;]*0x10|cp\.async\.bulk"
@@ -79,8 +79,11 @@ def broken_promises(spec, capability: int, cuobjdump: str | None) -> tuple[list[
     ptx, broken, registers = compiled.asm["ptx"], [], 0
     if compiled.metadata.shared > ARCHITECTURES[capability]:
         broken.append(f"{compiled.metadata.shared} bytes of shared memory")
-    if spec.tensor_cores and not re.search(TENSOR_CORES, ptx):
+    products = set(re.findall(TENSOR_CORES, ptx)) if spec.tensor_cores else set()
+    if spec.tensor_cores and not products:
         broken.append("no tensor-core instruction")
+    if isinstance(spec.tensor_cores, str):
+        broken += [p for p in sorted(products) if spec.tensor_cores not in p.split(".")]
     if spec.wide_loads and not re.search(WIDE_LOADS, ptx):
         broken.append("no 16-byte loads")
     if cuobjdump:

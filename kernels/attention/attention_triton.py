@@ -69,7 +69,7 @@ def place(
         low, high = batch * 0, batch - 1
         while low < high:
             middle = (low + high + 1) // 2
-            at = tl.load(cu_q + middle).to(tl.int64)
+            at = tl.minimum(tl.maximum(tl.load(cu_q + middle), 0), sq).to(tl.int64)
             below = at * GROUP // BLOCK_M + middle <= block
             low = tl.where(below, middle, low)
             high = tl.where(below, high, middle - 1)

@@ -36,6 +36,11 @@ def attention_int8(
     A score is off by at most ``qs/2 |k - mean|_1 + ks/2 |scale q|_1 + D qs ks / 4``; for rows of
     standard normal values ``||out - exact|| <= 0.02 ||exact||``.
 
+    Triton has a second form that keeps to integers: weights of 8 bits times v in 8 bits with a scale per key,
+    summed in int32 (attention_int8_values_triton.py has formula and bound; for standard normal values it, too,
+    stays within 0.02). It rounds more than this op says, so it is asked for by name:
+    ``attention_int8_triton.attention_int8(..., integer_values=True)``.
+
     Raises RuntimeError naming the argument. Smoothing of keys: Zhang et al. 2024,
     arXiv 2410.02367.
     """

@@ -1,4 +1,7 @@
-"""The truth for the integer part of attention_int8: the rule of attention_int8.h, then float64."""
+"""The truth for the integer part of attention_int8: the rule of attention_int8.h, then float64.
+
+And how far from it the all-integer form (attention_int8_values_triton.py) may be.
+"""
 
 from __future__ import annotations
 
@@ -51,3 +54,23 @@ def attention_int8(
     keys = kc.double() * ks.double()
     keys = torch.cat((keys, torch.ones_like(keys[..., :1]) if keys.shape[-1] else ks.double()), -1)
     return attention(rows, keys, v, bias, 1.0, causal, window, softcap, sinks=sinks)
+
+
+def integer_values_bound(q, k, v, bias=None, **options) -> Tensor:
+    """What 8-bit weights and values may add to an element of the output: sum over the keys j that a row sees of
+
+        p_ij vs_j / 2  +  max_j (p_ij vs_j) / 510 * |v8_j|
+
+    with p the softmax, vs_j and v8_j scale and codes of v. The maximum is over all keys, of which a tile has some.
+    """
+    v = v.float()
+    scale = v.abs().amax(-1, keepdim=True) / 127
+    scale = scale.clamp(min=2.0**-40 * scale.amax((-1, -2), keepdim=True)).clamp(
+        min=torch.finfo(v.dtype).tiny
+    )
+    codes = (v / scale).round().abs()
+    one_each = torch.eye(v.shape[2]).expand(*v.shape[:2], -1, -1)
+    weights = attention_int8(q, k, one_each * scale, bias, **options)  # p_ij vs_j, for every i and j
+    codes = codes.double().repeat_interleave(q.shape[1] // v.shape[1], 1)
+    largest = weights.amax(-1, keepdim=True) / 510
+    return weights.sum(-1, keepdim=True) / 2 + largest * ((weights > 0).double() @ codes)

@@ -3,6 +3,9 @@
 Three kernels: partial sums of the keys (always PARTS per sequence and head, so that the mean does not depend
 on the batch), the codes of the keys, and attention itself, which makes the codes of its rows of q as it
 starts. The int32 scores become float32 by an addition: |q^ . k^| <= 127 * 127 * 256 < 2^22.
+
+The sums over v are those of attention, or, where the caller asks for ``integer_values``, of the all-integer form of
+attention_int8_values_triton.py.
 """
 
 from __future__ import annotations
@@ -33,10 +36,16 @@ from ..attention.attention_triton import (
     tiles_for,
     widths,
 )
-from ..common.triton_util import ahead, codes, inverse_of, is_finite, launch, scale_of
-
-#: Pieces of a sequence whose keys are added up apart; keys of a program of the quantiser.
-PARTS, KEYS = tl.constexpr(16), tl.constexpr(64)
+from ..common.triton_util import ahead, codes, inverse_of, is_finite, launch, next_power_of_2, scale_of
+from .attention_int8_values_triton import (
+    KEYS,
+    PARTS,
+    SUMMED,
+    first_slot,
+    integer_step,
+    quantize_values,
+    shares_of,
+)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "sk"])
@@ -111,11 +120,12 @@ def row_codes(x):
 
 @triton.jit
 def _tiles(
-    sums, sums_tail, m, total, q, q_tail, q_factor, back, k, k_scales, v, bias, bias_rows, valid, positions,
-    length, window, v_row, bias_key, cap, begin, middle, resume, end,
+    sums, sums_tail, m, total, q, q_tail, q_factor, back, k, k_scales, v, v_logs, v_inverses, v_sums,
+    bias, bias_rows, valid, positions, length, window, v_row, bias_key, cap, begin, middle, resume, end,
     DV: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    BIAS: tl.constexpr, BACK: tl.constexpr, MASKED: tl.constexpr, GUARD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, BACK: tl.constexpr, INTEGER: tl.constexpr,
+    MASKED: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Goes on over the keys begin .. middle and resume .. end."""
     d, lane = tl.arange(0, MAIN), tl.arange(0, BLOCK_N)
@@ -148,24 +158,34 @@ def _tiles(
                 added = tl.load(pointers, mask=valid[:, None] & inside[None, :], other=0.0)
                 s += added.to(tl.float32) * LOG2E
             factor = tl.where(valid, 1.0, 1.0)
+        if INTEGER:
+            y = s * factor[:, None] + tl.load(v_logs + keys)[None, :]
+            s = tl.where(s == NOTHING, s, y) if BIAS else y  # a bias of -inf hides a key that is not finite
         if MASKED:
             s = tl.where(seen(positions, keys, length, window, CAUSAL, WINDOW), s, NOTHING)
-        p, older, m, total = softmax_step(s, factor[:, None], factor, m, total)
-        sums, sums_tail = add_values(
-            sums, sums_tail, p, s, older, v, start, inside, v_row, DV, V_MAIN, V_TAIL, BLOCK_N, MASKED, GUARD
-        )
+        if INTEGER:
+            sums, sums_tail, m, total = integer_step(
+                sums, sums_tail, m, total, s, v, v_sums, tl.load(v_inverses + keys), start, v_row,
+                V_MAIN, V_TAIL, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            p, older, m, total = softmax_step(s, factor[:, None], factor, m, total)
+            sums, sums_tail = add_values(
+                sums, sums_tail, p, s, older, v, start, inside, v_row, DV, V_MAIN, V_TAIL, BLOCK_N, MASKED,
+                GUARD,
+            )  # fmt: skip
     return sums, sums_tail, m, total
 
 
 @triton.jit(do_not_specialize=[*SIZES, "total_keys"])
 def attention_int8_kernel(
-    q, key_codes, key_scales, means, v, bias, sinks, cu_q, cu_k, out,
+    q, key_codes, key_scales, means, v, v_logs, v_inverses, v_sums, v_scale, bias, sinks, cu_q, cu_k, out,
     q_batch, q_head, q_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     bias_batch, bias_head, bias_query, bias_key, batch, kv_heads, sq, sk, total_keys, scale, cap, window,
     D: tl.constexpr, DV: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, V_MAIN: tl.constexpr,
     V_TAIL: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+    INTEGER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
     b, kv_head, row0, q0, k0, queries, keys = place(
         cu_q, cu_k, batch, kv_heads, sq, sk, GROUP, BLOCK_M, PACKED, CAUSAL
@@ -216,7 +236,14 @@ def attention_int8_kernel(
         key0 += b * sk
     k = key_codes + key0 * (MAIN + TAIL)
     k_scales = key_scales + key0
-    v += b * v_batch + kv64 * v_head + k0.to(tl.int64) * v_row
+    if INTEGER:  # v are codes [Hkv, column, key]
+        slot = kv64 * (v_row // KEYS) + first_slot(b, k0, sk, PACKED)
+        v += kv64 * v_head + (slot - kv64 * (v_row // KEYS)) * KEYS
+        v_logs += slot * KEYS
+        v_inverses += slot * KEYS
+        v_sums += slot * (KEYS // SUMMED) * (V_MAIN + V_TAIL)
+    else:
+        v += b * v_batch + kv64 * v_head + k0.to(tl.int64) * v_row
     bias_rows = b * bias_batch + head64 * bias_head + query.to(tl.int64) * bias_query
     first = row0 // GROUP + keys - queries
     last = (tl.minimum(row0 + BLOCK_M, rows) - 1) // GROUP + keys - queries
@@ -226,16 +253,23 @@ def attention_int8_kernel(
     sums = tl.zeros([BLOCK_M, V_MAIN], tl.float32)
     sums_tail = tl.zeros([BLOCK_M, V_TAIL if V_TAIL > 0 else 16], tl.float32)
     sums, sums_tail, m, total = _tiles(
-        sums, sums_tail, m, total, q_main, q_tail, q_factor, back, k, k_scales, v, bias, bias_rows, valid,
-        positions, keys, window, v_row, bias_key, cap, inner, outer, outer, outer,
-        DV, MAIN, TAIL, V_MAIN, V_TAIL, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, BIAS, BACK, False, BIAS,
+        sums, sums_tail, m, total, q_main, q_tail, q_factor, back, k, k_scales, v, v_logs, v_inverses,
+        v_sums, bias, bias_rows, valid, positions, keys, window, v_row, bias_key, cap, inner, outer, outer, outer,
+        DV, MAIN, TAIL, V_MAIN, V_TAIL, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, BIAS, BACK, INTEGER,
+        False, BIAS,
     )  # fmt: skip
     sums, sums_tail, m, total = _tiles(
-        sums, sums_tail, m, total, q_main, q_tail, q_factor, back, k, k_scales, v, bias, bias_rows, valid,
-        positions, keys, window, v_row, bias_key, cap, begin, inner, outer, end,
-        DV, MAIN, TAIL, V_MAIN, V_TAIL, EDGE_N, CAUSAL, WINDOW, SOFTCAP, BIAS, BACK, True,
-        CAUSAL or WINDOW or BIAS,
+        sums, sums_tail, m, total, q_main, q_tail, q_factor, back, k, k_scales, v, v_logs, v_inverses,
+        v_sums, bias, bias_rows, valid, positions, keys, window, v_row, bias_key, cap, begin, inner, outer, end,
+        DV, MAIN, TAIL, V_MAIN, V_TAIL, BLOCK_M, EDGE_N, CAUSAL, WINDOW, SOFTCAP, BIAS, BACK, INTEGER,
+        True, CAUSAL or WINDOW or BIAS,
     )  # fmt: skip
+    if INTEGER:
+        factor = tl.load(v_scale + b * kv_heads + kv64, mask=has_mean, other=1.0)
+        sums = shares_of(sums, total, factor)
+        if V_TAIL > 0:
+            sums_tail = shares_of(sums_tail, total, factor)
+        total = tl.where(total == 0.0, 0.0, 1.0)
     at = b * out_batch + row * out_row + head64 * out_head
     store_rows(out, at, sums, total, valid, DV, 0, V_MAIN)
     if V_TAIL > 0:
@@ -270,8 +304,9 @@ def quantize_keys(a: Attention) -> tuple[Tensor, Tensor, Tensor]:
 def attention_int8(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None,
     causal: bool = False, window: int = 0, softcap: float = 0.0, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, sinks: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, sinks: Tensor | None = None, *, integer_values: bool = False,
 ) -> Tensor:  # fmt: skip
+    """The op; with integer_values the weights and v are rounded to 8 bits as well, which the op never does unasked."""
     a = attention_arguments(
         "attention_int8", q, k, v, bias, scale, causal, window, softcap, cu_seqlens_q, cu_seqlens_k, sinks
     )
@@ -279,39 +314,64 @@ def attention_int8(
     if out.numel() == 0:
         return out
     keys = quantize_keys(a)
-    tile = int8_tiles_for(a, arch_of(a.q))
+    values, v_strides = (a.v, None, None, None, None), a.strides(a.v)
+    if integer_values:
+        values = quantize_values(a)
+        v_strides = (0, *values[0].stride()[:2])
+    tile = int8_tiles_for(a, arch_of(a.q), integer_values)
     launch(
         attention_int8_kernel, (blocks_of(a, tile["BLOCK_M"]) * a.kv_heads,),
-        a.q, *keys, a.v, a.bias, a.sinks, a.cu_q, a.cu_k, out,
-        *a.strides(a.q), *a.strides(a.v), *a.strides(out), *a.bias_strides(),
+        a.q, *keys, *values, a.bias, a.sinks, a.cu_q, a.cu_k, out,
+        *a.strides(a.q), *v_strides, *a.strides(out), *a.bias_strides(),
         a.batch, a.kv_heads, a.sq, a.sk, keys[1].shape[1], a.scale, a.softcap * LOG2E.value, a.window,
-        on=a.q, **constants(a, 32), enable_fp_fusion=True, **tile,
+        on=a.q, **constants(a, 32), INTEGER=integer_values, enable_fp_fusion=True, **tile,
     )  # fmt: skip
     return out
 
 
-def int8_tiles_for(a: Attention, arch: int) -> dict:
+#: As in attention, for integer values: the sums of a tile take as many registers as the sums of all. sm_100 and later
+#: multiply 8 bits by the instructions of sm_80.
+_INTEGER_TILES = {
+    80: ((128, 64, 32, 8, 3), (64, 64, 32, 8, 2), (64, 32, 32, 8, 2)),
+    90: ((128, 64, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2)),
+}
+
+
+def int8_tiles_for(a: Attention, arch: int, integer_values: bool = False) -> dict:
     """Those of attention, but for rows of q, which are held in float32 while their codes are made."""
+    if integer_values:
+        wide, rows = max(a.depth, a.v_depth), a.sq * a.group
+        few = a.cu_q is None and rows < 64
+        table = _INTEGER_TILES[90 if 90 <= arch < 100 and not few else 80]
+        m, n, edge, warps, stages = table[(wide > 64) + (wide > 128)]
+        m = min(m, 64) if a.bias is not None else m
+        if few:
+            m, warps = max(16, next_power_of_2(rows)), 4
+        return {"BLOCK_M": m, "BLOCK_N": n, "EDGE_N": edge, "num_warps": warps, "num_stages": stages}
     tile = tiles_for(a, arch)
     if tile["num_warps"] == 8 and (a.bias is not None or max(a.depth, a.v_depth) > 128):
         tile["BLOCK_M"] = min(tile["BLOCK_M"], 64)
     return tile
 
 
-def _ahead(arch: int, dtype: str, depth: int, rows: int = 512, **options):
+def _ahead(arch: int, dtype: str, depth: int, rows: int = 512, integer: bool = False, **options):
     a = shapes_ahead(dtype, depth, rows, "bias" in options)
-    tile = int8_tiles_for(a, arch)
+    tile = int8_tiles_for(a, arch, integer)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     names = attention_int8_kernel.arg_names
     arguments = dict.fromkeys(names[names.index("q_batch") : names.index("batch")], "i32:16")
     arguments |= dict.fromkeys(names[names.index("batch") : names.index("D")], "i32")
     arguments |= dict.fromkeys(("q", "v", "out"), f"*{dtype}") | {"scale": "fp32", "cap": "fp32"}
     arguments |= {"key_codes": "*i8", "key_scales": "*fp32", "means": "*fp32"}
-    arguments |= dict.fromkeys(("bias", "sinks", "cu_q", "cu_k"))
+    arguments |= dict.fromkeys(("bias", "sinks", "cu_q", "cu_k", "v_logs", "v_inverses", "v_sums", "v_scale"))
+    if integer:
+        arguments |= {"v": "*i8", "v_sums": "*i32"}
+        arguments |= dict.fromkeys(("v_logs", "v_inverses", "v_scale"), "*fp32")
+    constant = constants(a, 32) | tile | {"INTEGER": integer}
     return ahead(
-        attention_int8_kernel, arguments | constants(a, 32) | tile | options, num_warps=warps,
-        num_stages=stages, fp_fusion=True, tensor_cores=True, wide_loads=True,
-        architectures=(80,) if arch < 90 else (90, 100),
+        attention_int8_kernel, arguments | constant | options, num_warps=warps,
+        num_stages=stages, fp_fusion=True, tensor_cores="s8" if integer else True, wide_loads=True,
+        architectures=((80, 100), (90,))[arch >= 90] if integer else ((80,), (90, 100))[arch >= 90],
     )  # fmt: skip
 
 
@@ -331,18 +391,34 @@ def _keys_ahead(dtype: str, depth: int, packed: bool):
 
 _EVERYTHING = {"bias": "*fp16", "sinks": "*fp32", "WINDOW": True, "SOFTCAP": True, "SINKS": True}
 _PACKED = {"cu_q": "*i32", "cu_k": "*i32", "PACKED": True}
-AOT = [
-    _ahead(arch, dtype, depth, **options)
-    for arch in (80, 90)
-    for dtype, depth, options in (
-        ("fp16", 64, {}),
-        ("bf16", 128, _PACKED),
-        ("bf16", 80, {}),
-        ("fp16", 96, {}),
-        ("fp16", 256, {}),
-        ("fp16", 128, _EVERYTHING),
-        ("bf16", 128, {"rows": 4}),
-        ("fp32", 64, {}),
-        ("fp32", 128, {}),
-    )
-] + [*_keys_ahead("bf16", 128, True), *_keys_ahead("fp16", 80, False), *_keys_ahead("fp32", 256, False)]
+AOT = (
+    [
+        _ahead(arch, dtype, depth, **options)
+        for arch in (80, 90)
+        for dtype, depth, options in (
+            ("fp16", 64, {}),
+            ("bf16", 128, _PACKED),
+            ("bf16", 80, {}),
+            ("fp16", 96, {}),
+            ("fp16", 256, {}),
+            ("fp16", 128, _EVERYTHING),
+            ("bf16", 128, {"rows": 4}),
+            ("fp32", 64, {}),
+            ("fp32", 128, {}),
+        )
+    ]
+    + [
+        _ahead(arch, dtype, depth, integer=True, **options)
+        for arch in (80, 90)
+        for dtype, depth, options in (
+            ("fp16", 64, {}),
+            ("bf16", 128, _PACKED),
+            ("bf16", 80, {}),
+            ("fp16", 256, {}),
+            ("fp16", 128, _EVERYTHING),
+            ("bf16", 128, {"rows": 4}),
+            ("fp32", 128, {}),
+        )
+    ]
+    + [*_keys_ahead("bf16", 128, True), *_keys_ahead("fp16", 80, False), *_keys_ahead("fp32", 256, False)]
+)

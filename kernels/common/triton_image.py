@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import describe, fail, require
+from .prepared import prepared
 from .triton_util import next_power_of_2
 
 #: Offsets of larger images need 64 bits.
@@ -179,6 +180,13 @@ def window_of(
 def nhwc(x: Tensor) -> Tensor:
     """The image in channels-last memory: itself where it lies so, else a copy."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def filters_nhwc(w: Tensor) -> Tensor:
+    """The same of weights, whose copy a plan keeps."""
+    if w.is_contiguous(memory_format=torch.channels_last):
+        return w
+    return prepared("channels last", w, lambda: nhwc(w))
 
 
 def empty_nhwc(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

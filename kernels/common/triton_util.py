@@ -204,7 +204,8 @@ class Ahead:
     """A specialisation that ``tools/gates.py triton`` compiles for sm_80, sm_90 and sm_100.
 
     arguments: name -> type ("*fp16", "i32", "fp32"; "i32:16" for a multiple of 16) or the value of a constant. Pointers are
-    taken to be multiples of 16. tensor_cores: such an instruction must appear. registers: the most a thread may use. architectures:
+    taken to be multiples of 16. tensor_cores: such an instruction must appear; a name of a type, such as "s8": and
+    every one multiplies that. registers: the most a thread may use. architectures:
     where its tile is used.
     """
 
@@ -212,7 +213,7 @@ class Ahead:
     arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
-    tensor_cores: bool = False
+    tensor_cores: bool | str = False
     wide_loads: bool = False
     registers: int = 255
     fp_fusion: bool = False

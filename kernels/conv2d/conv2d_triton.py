@@ -18,6 +18,7 @@ from ..common.triton_image import (
     check_image,
     depthwise_tile,
     empty_nhwc,
+    filters_nhwc,
     index_type,
     mode_of,
     nhwc,
@@ -131,7 +132,7 @@ def conv2d(
     out = empty_nhwc(x, shape, x.dtype)
     if out.numel() == 0:
         return out
-    x, weight = nhwc(x), nhwc(weight)
+    x, weight = nhwc(x), filters_nhwc(weight)
     residual = None if residual is None else nhwc(residual)
     bias = None if bias is None else bias.contiguous()
     taps = window.kernel[0] * window.kernel[1]

@@ -7,8 +7,8 @@
 // Work: rows are output pixels, columns output channels, K the taps times the channels of a group,
 // each tap's channels filled up to 16 with weights of 0. Weights are first brought into the order
 // [O][tap][channel] with their sums, by a kernel of its own. Padding reads 16 zero points from
-// memory. Then as in linear_int8_sm80.cu: K goes by in steps of 64 bytes through a ring of buffers
-// with one barrier a step; the tile of sums leaves by way of shared memory.
+// memory. K goes by in steps of 64 bytes through a ring of buffers (common/mma_tiles.cuh); the
+// tile of sums leaves by way of shared memory.
 // Depthwise: a thread has 16 channels of one output pixel.
 //
 // Numerics: exact int32; the epilogue's products and sums are those of conv2d_int8.h, compiled with
@@ -24,6 +24,7 @@
 // GATE conv_pack: spills = 0
 // GATE block: shared <= 68000
 #include "common/epilogue.cuh"
+#include "common/int8_operands.cuh"
 #include "common/raster.cuh"
 #include "common/vector8.cuh"
 #include "conv2d_int8/conv2d_int8_cuda.h"
@@ -31,10 +32,6 @@
 namespace narrowcast {
 namespace {
 
-constexpr int kStep = 64;   // bytes of K in a buffer
-constexpr int kChunk = 16;  // channels of one copy
-constexpr int kChunks = kStep / kChunk;
-constexpr int kMmaDepth = 32;
 constexpr int kThreads = 128;  // of the kernels without tiles
 
 // The scratch: zero points of the image, [O] sums, then the weights.
@@ -45,14 +42,6 @@ struct Packed {
   int64_t depth, row;  // channels filled up; bytes of an output channel
 };
 
-template <int kRows_, int kColumns_, int kWarpsM_, int kWarpsN_, int kStages_>
-struct Tile {
-  static constexpr int kM = kRows_, kN = kColumns_, kWarpsN = kWarpsN_, kStages = kStages_;
-  static constexpr int kThreads = kWarpsM_ * kWarpsN_ * ptx::kWarp;
-  static constexpr int kWarpM = kM / kWarpsM_, kWarpN = kN / kWarpsN_;
-  static constexpr int kMmaM = kWarpM / 16, kMmaN = kWarpN / 8;
-  static constexpr int kPixels = kM * kChunks / kThreads;  // that a thread copies
-};
 using Large = Tile<128, 64, 4, 2, 4>;
 using Small = Tile<64, 64, 2, 2, 4>;
 
@@ -64,11 +53,6 @@ union Shared {
   } ring;
   alignas(128) int32_t sum[T::kM][T::kN + 4];  // + 4: neighbouring rows in other banks
 };
-
-// Where chunk `chunk` of row `row` lies in its row.
-__device__ __forceinline__ int place(int row, int chunk) {
-  return (chunk ^ (row >> 1 & 3)) * kChunk;
-}
 
 // The epilogue of four channels o .. o + 3 of a pixel, `count` of which exist.
 __device__ __forceinline__ void finish_conv(const Conv2dInt8CudaArgs& a, const int32_t (&acc)[4],
@@ -134,12 +118,13 @@ __global__ void __launch_bounds__(kThreads)
 // The pixels that a thread copies for its tile: where the first tap's window lies in x.
 template <class T>
 struct Pixels {
-  int64_t image[T::kPixels];  // first element of the image; channels of the group
-  int32_t y[T::kPixels], x[T::kPixels];
+  static constexpr int kPixels = T::kM * kChunks / T::kThreads;  // that a thread copies
+  int64_t image[kPixels];  // first element of the image; channels of the group
+  int32_t y[kPixels], x[kPixels];
 
   __device__ __forceinline__ Pixels(const Conv2dInt8Shape& s, int64_t m0, int64_t channel) {
 #pragma unroll
-    for (int i = 0; i < T::kPixels; ++i) {
+    for (int i = 0; i < kPixels; ++i) {
       const int64_t m = m0 + threadIdx.x / kChunks + i * (T::kThreads / kChunks);
       const int64_t column = m % s.out_width, row = m / s.out_width % s.out_height;
       const int64_t n = m / s.out_width / s.out_height;
@@ -160,35 +145,17 @@ __device__ __forceinline__ void copy_x(int8_t (&to)[T::kM][kStep], const Conv2dI
   const int width = static_cast<int>(s.kernel_width), across = tap % width, down = tap / width;
   const int64_t left = s.channels / s.groups - c;
 #pragma unroll
-  for (int i = 0; i < T::kPixels; ++i) {
+  for (int i = 0; i < Pixels<T>::kPixels; ++i) {
     const int row = threadIdx.x / kChunks + i * (T::kThreads / kChunks);
     const int64_t y = pixels.y[i] + down * s.dilation_h, x = pixels.x[i] + across * s.dilation_w;
     const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width && down < s.kernel_height;
     const uint8_t* source =
         inside ? a.x + pixels.image[i] + (y * s.width + x) * s.channels + c : packed.zero_points;
     int8_t* target = &to[row][place(row, chunk)];
-    if constexpr (kAligned) {
+    if constexpr (kAligned)
       ptx::cp_async_16(target, source);
-    } else {
-      ptx::Words4 words = {};
-#pragma unroll
-      for (int e = 0; e < kChunk; ++e)
-        if (e < left) words.word[e / 4] |= static_cast<uint32_t>(source[e]) << e % 4 * 8;
-      ptx::store_shared_128(target, words);
-    }
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void copy_w(int8_t (&to)[T::kN][kStep], const Packed& packed,
-                                       int64_t first, int64_t rows, int step) {
-  const int chunk = threadIdx.x % kChunks;
-  const int64_t byte = step * kStep + chunk * kChunk;
-#pragma unroll
-  for (int row = threadIdx.x / kChunks; row < T::kN; row += T::kThreads / kChunks) {
-    const int bytes = row < rows && byte < packed.row ? kChunk : 0;
-    const int64_t at = bytes ? (first + row) * packed.row + byte : 0;
-    ptx::cp_async_16(&to[row][place(row, chunk)], packed.weights + at, bytes);
+    else
+      ptx::store_shared_128(target, load_bytes(source, left));
   }
 }
 
@@ -199,19 +166,7 @@ __device__ __forceinline__ void multiply(int32_t (&sum)[T::kMmaM][T::kMmaN][4],
                                          const int8_t (&w)[T::kN][kStep], int chunk0, int warp_m,
                                          int warp_n, int lane) {
   uint32_t a[T::kMmaM][4], b[T::kMmaN][2];
-#pragma unroll
-  for (int i = 0; i < T::kMmaM; ++i) {
-    const int row = warp_m + i * 16 + lane % 16;
-    ptx::ldmatrix_x4(a[i], &x[row][place(row, chunk0 + lane / 16)]);
-  }
-#pragma unroll
-  for (int j = 0; j < T::kMmaN; j += 2) {
-    const int row = warp_n + j * 8 + lane / 16 * 8 + lane % 8;
-    uint32_t two[4];
-    ptx::ldmatrix_x4(two, &w[row][place(row, chunk0 + lane / 8 % 2)]);
-    b[j][0] = two[0], b[j][1] = two[1];
-    b[j + 1][0] = two[2], b[j + 1][1] = two[3];
-  }
+  load_fragments<T>(a, b, x, w, chunk0, warp_m, warp_n, lane);
 #pragma unroll
   for (int i = 0; i < T::kMmaM; ++i)
 #pragma unroll
@@ -236,32 +191,25 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   const int64_t m0 = origin.row, first = blockIdx.y * columns + origin.column;
   const Pixels<T> pixels(s, m0, blockIdx.y * (s.channels / s.groups));
   const int steps = static_cast<int>((packed.row + kStep - 1) / kStep);
+  const Source w = {packed.weights + first * packed.row, packed.row, columns - origin.column,
+                    packed.row};
   const auto load = [&](int step) {
     const int stage = step % T::kStages;
     copy_x<T, kAligned>(shared.ring.x[stage], args, packed, pixels, step);
-    copy_w<T>(shared.ring.w[stage], packed, first, columns - origin.column, step);
+    copy_rows<T::kN, T::kThreads, true>(shared.ring.w[stage], w, 0, step * kStep);
   };
   int32_t sum[T::kMmaM][T::kMmaN][4] = {};
 
-  // load and compute: one group of copies per step, even where no copy is left
-  for (int step = 0; step < T::kStages - 1; ++step) {
-    if (step < steps) load(step);
-    ptx::cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<T::kStages - 2>();
-    ptx::sync_threads();
-    if (step + T::kStages - 1 < steps) load(step + T::kStages - 1);
-    ptx::cp_async_commit();
+  // load and compute
+  through_ring<T::kStages>(steps, load, [&](int step) {
     const int stage = step % T::kStages;
 #pragma unroll
     for (int part = 0; part < kStep / kMmaDepth; ++part)
       multiply<T, kSigned>(sum, shared.ring.x[stage], shared.ring.w[stage],
                            part * (kMmaDepth / kChunk), warp_m, warp_n, lane);
-  }
+  });
 
   // into shared memory
-  ptx::sync_threads();  // the ring is no longer read
 #pragma unroll
   for (int i = 0; i < T::kMmaM; ++i)
 #pragma unroll
@@ -306,14 +254,7 @@ __global__ void __launch_bounds__(kThreads) conv_depthwise(Conv2dInt8CudaArgs ar
       const uint8_t* source = args.x + ((n * s.height + y) * s.width + x) * s.channels + c;
       const int8_t* weights = packed.weights + (down * s.kernel_width + across) * packed.depth + c;
       const ptx::Words4 w = ptx::load_global_128(weights);
-      ptx::Words4 v = {};
-      if constexpr (kAligned) {
-        v = ptx::load_global_128(source);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e)
-          if (e < left) v.word[e / 4] |= static_cast<uint32_t>(source[e]) << e % 4 * 8;
-      }
+      const ptx::Words4 v = kAligned ? ptx::load_global_128(source) : load_bytes(source, left);
 #pragma unroll
       for (int word = 0; word < 4; ++word)
 #pragma unroll

@@ -23,12 +23,14 @@ from ..common.checks import (
     require_device,
     require_scale,
 )
+from ..common.prepared import prepared
 from ..common.triton_image import (
     GATHERED,
     GEOMETRY,
     check_image,
     depthwise_tile,
     empty_nhwc,
+    filters_nhwc,
     index_type,
     mode_of,
     nhwc,
@@ -267,7 +269,7 @@ def conv2d_int8(
     out = empty_nhwc(x_q, shape, out_dtype)
     if out.numel() == 0:
         return out
-    x, w = nhwc(x_q), nhwc(w_q)
+    x, w = nhwc(x_q), filters_nhwc(w_q)
     residual = None if residual is None else nhwc(residual)
     bias, w_scale = None if bias is None else bias.contiguous(), w_scale.contiguous()
     residual_zero_point = residual_zero_point if residual is not None and residual.dtype in BYTES else 0
@@ -287,8 +289,7 @@ def conv2d_int8(
     gathered = mode == "gathered"
     w_sum = None
     if x_zero_point != (128 if x.dtype == torch.uint8 else 0):
-        w_sum = x.new_empty(o, dtype=torch.int32)
-        launch(_sum_weights, (o,), w, w_sum, depth * taps, 1024, on=x)
+        w_sum = prepared("sums of filters", w_q, lambda: _sums(w))
 
     def run(config):
         tiles = triton.cdiv(pixels, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
@@ -306,6 +307,13 @@ def conv2d_int8(
     )  # fmt: skip
     tuned(_conv2d_int8, (x.dtype, mode, taps, groups, *shape_class(pixels, columns, depth)), configs, run, x)
     return out
+
+
+def _sums(w: Tensor) -> Tensor:
+    """int32 [O], of channels-last weights."""
+    total = w.new_empty(w.shape[0], dtype=torch.int32)
+    launch(_sum_weights, (w.shape[0],), w, total, w[0].numel(), 1024, on=w)
+    return total
 
 
 _SCALES = {

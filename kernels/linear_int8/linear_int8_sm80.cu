@@ -3,11 +3,8 @@
 //   y[m, n] = epilogue(sum_k (x[m, k] - x_zero_point[m]) * w[n, k], scales): see linear_int8.h.
 //
 // Work: a block computes a tile kM x kN of y, its warps a grid of warp tiles. K goes by in steps of
-// 64 bytes through a ring of kStages buffers of shared memory. A step needs one barrier: it makes
-// the step's copies visible to all, and shows that all have left the buffer of the step before,
-// which is refilled next. Rows of 64 bytes are stored with their 16-byte chunks permuted by the
-// row, so that the eight rows of an ldmatrix fall into different banks. After the loop the ring
-// holds the tile times its scales in float32, from where rows leave in the order of memory.
+// 64 bytes through a ring of buffers of shared memory (common/mma_tiles.cuh). After the loop the
+// ring holds the tile times its scales in float32, from where rows leave in the order of memory.
 //
 // Numerics: int32 sums are exact; products and sums after them are those of linear_int8.h, compiled
 // with --fmad=false: the same bits as the CPU kernels for none, relu and relu6 without groups.
@@ -20,16 +17,12 @@
 // GATE linear_tile.*Lb1E: contains LDGSTS.E.BYPASS.128
 // GATE block: shared <= 68000
 #include "common/epilogue.cuh"
+#include "common/int8_operands.cuh"
 #include "common/raster.cuh"
 #include "linear_int8/linear_int8_cuda.h"
 
 namespace narrowcast {
 namespace {
-
-constexpr int kStep = 64;   // bytes of K in a buffer
-constexpr int kChunk = 16;  // bytes of one copy
-constexpr int kMmaDepth = 32;
-constexpr int kChunks = kStep / kChunk;
 
 enum class Sum {
   kInteger,    // one exact sum over all of K
@@ -37,15 +30,6 @@ enum class Sum {
   kPieces      // float32 sum of exact pieces: groups, or K over 65536
 };
 
-template <int kRows_, int kColumns_, int kWarpsM_, int kWarpsN_, int kStages_>
-struct Tile {
-  static constexpr int kM = kRows_, kN = kColumns_, kWarpsN = kWarpsN_, kStages = kStages_;
-  static constexpr int kThreads = kWarpsM_ * kWarpsN_ * ptx::kWarp;
-  static constexpr int kWarpM = kM / kWarpsM_, kWarpN = kN / kWarpsN_;
-  static constexpr int kMmaM = kWarpM / 16, kMmaN = kWarpN / 8;
-  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "ldmatrix.x4 loads 16 rows of w at once");
-  static_assert(kThreads % kChunks == 0, "a thread keeps its chunk of a row");
-};
 using Large = Tile<128, 128, 2, 4, 4>;
 using Medium = Tile<64, 64, 2, 2, 4>;
 using Small = Tile<16, 64, 1, 4, 6>;  // few tokens: the bytes of w decide
@@ -58,42 +42,6 @@ union Shared {
   } ring;
   alignas(128) float y[T::kM][T::kN + 4];  // + 4: neighbouring rows in other banks
 };
-
-// Where chunk `chunk` of row `row` lies in its row.
-__device__ __forceinline__ int place(int row, int chunk) {
-  return (chunk ^ (row >> 1 & 3)) * kChunk;
-}
-
-// A matrix of which blocks read kRows rows; rows past `rows` and columns past `depth` read as
-// zeros.
-struct Source {
-  const int8_t* data;
-  int64_t ld, rows, depth;
-};
-
-template <int kRows, int kThreads, bool kAligned>
-__device__ __forceinline__ void copy_rows(int8_t (&to)[kRows][kStep], const Source& from,
-                                          int64_t row0, int64_t k0) {
-  const int chunk = threadIdx.x % kChunks;
-  const int64_t k = k0 + chunk * kChunk, left = from.depth - k;
-  const int exist = left <= 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
-#pragma unroll
-  for (int row = threadIdx.x / kChunks; row < kRows; row += kThreads / kChunks) {
-    const int bytes = row0 + row < from.rows ? exist : 0;
-    const int8_t* source = bytes ? from.data + (row0 + row) * from.ld + k : from.data;
-    int8_t* target = &to[row][place(row, chunk)];
-    if constexpr (kAligned) {
-      ptx::cp_async_16(target, source, bytes);
-    } else {
-      ptx::Words4 words = {};
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        if (i < bytes)
-          words.word[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(source[i])) << i % 4 * 8;
-      ptx::store_shared_128(target, words);
-    }
-  }
-}
 
 // The registers of one warp.
 template <class T, Sum kSum>
@@ -110,19 +58,7 @@ __device__ __forceinline__ void multiply(Accumulators<T, kSum>& acc,
                                          const int8_t (&w)[T::kN][kStep], int chunk0, int warp_m,
                                          int warp_n, int lane, bool needs_w_sum) {
   uint32_t a[T::kMmaM][4], b[T::kMmaN][2];
-#pragma unroll
-  for (int i = 0; i < T::kMmaM; ++i) {
-    const int row = warp_m + i * 16 + lane % 16;
-    ptx::ldmatrix_x4(a[i], &x[row][place(row, chunk0 + lane / 16)]);
-  }
-#pragma unroll
-  for (int j = 0; j < T::kMmaN; j += 2) {
-    const int row = warp_n + j * 8 + lane / 16 * 8 + lane % 8;
-    uint32_t two[4];
-    ptx::ldmatrix_x4(two, &w[row][place(row, chunk0 + lane / 8 % 2)]);
-    b[j][0] = two[0], b[j][1] = two[1];
-    b[j + 1][0] = two[2], b[j + 1][1] = two[3];
-  }
+  load_fragments<T>(a, b, x, w, chunk0, warp_m, warp_n, lane);
   if (kSum != Sum::kInteger && needs_w_sum) {
 #pragma unroll
     for (int j = 0; j < T::kMmaN; ++j)
@@ -182,16 +118,8 @@ __global__ void __launch_bounds__(T::kThreads, blocks_on_sm(T::kM, kSum))
   const bool needs_w_sum = args.x_zero_point != nullptr;
   int64_t piece = 0, left_in_piece = args.piece;
 
-  // load and compute: one group of copies per step, even where no copy is left
-  for (int64_t step = 0; step < T::kStages - 1; ++step) {
-    if (step < steps) load(step);
-    ptx::cp_async_commit();
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<T::kStages - 2>();
-    ptx::sync_threads();
-    if (step + T::kStages - 1 < steps) load(step + T::kStages - 1);
-    ptx::cp_async_commit();
+  // load and compute
+  through_ring<T::kStages>(steps, load, [&](int64_t step) {
     const int stage = static_cast<int>(step % T::kStages);
 #pragma unroll
     for (int part = 0; part < kStep / kMmaDepth; ++part) {
@@ -205,12 +133,11 @@ __global__ void __launch_bounds__(T::kThreads, blocks_on_sm(T::kM, kSum))
         }
       }
     }
-  }
+  });
   if constexpr (kSum == Sum::kPieces)
     if (piece < args.pieces) end_piece<T, kSum>(acc, args, m0 + warp_m, piece, lane);
 
   // scale, into shared memory
-  ptx::sync_threads();  // the ring is no longer read
   float w_scale[T::kMmaN][2];
   int32_t w_sum[T::kMmaN][2] = {};
 #pragma unroll

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import checks
+from ..common.prepared import prepared
 from ..common.triton_util import Config, ahead, finish, launch, multiprocessors, tile_of, tuned
 from ..quantize.quantize_triton import quantize_rows
 
@@ -192,8 +193,7 @@ def _run(
         x_scale_stride = 0 if x_scale.numel() == 1 else 1
     w_sum = None
     if zero is not None:
-        zero, w_sum = zero.contiguous(), w_q.new_empty(columns, dtype=torch.int32)
-        launch(_row_sums, (columns,), w, w_sum, depth, w.stride(0), on=x, BLOCK=1024)
+        zero, w_sum = zero.contiguous(), prepared("sums of rows", w_q, lambda: _sums(w))
     residual = checks.rows_of(residual) if residual is not None else None
     piece = group or (_EXACT if depth > _EXACT else 0)
 
@@ -213,6 +213,13 @@ def _run(
     key = (_size(rows), columns, depth, group)
     tuned(_linear_int8, key, _configs(rows, group), run, x)
     return out
+
+
+def _sums(w: Tensor) -> Tensor:
+    """int32 [N], of the rows of w [N, K]."""
+    total = w.new_empty(w.shape[0], dtype=torch.int32)
+    launch(_row_sums, (w.shape[0],), w, total, w.shape[1], w.stride(0), on=w, BLOCK=1024)
+    return total
 
 
 def _size(rows: int) -> int:

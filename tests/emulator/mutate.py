@@ -21,6 +21,8 @@ WAIT = re.compile(r"ptx::cp_async_wait<([^;]+)>\(\);")
 INDEX = re.compile(r"(?<=[\w\]])\[([^\[\]{}]+)\]")
 NUMBER = re.compile(r"(?<![\w.:<])(\d+)(?![\w.>]|\s*>)")
 DECLARATION = re.compile(r"\b(?:float|u?int\d+_t|T::\w+)\s+(?:\(&)?\w+\)?(?:\[[^\[\]]*\])+")
+#: Headers of kernels/common that rooms have their loops in: mutated with each room that includes them.
+LOOPS = ("mma_tiles.cuh", "int8_operands.cuh")
 #: Lines whose constants are no values at run time, or only shape the code.
 STATIC = ("constexpr", "static_assert", "template", "#pragma", "__launch_bounds__", "//")
 
@@ -91,12 +93,12 @@ def mutate(source: str) -> tuple[str, list[Mutant]]:
 
 
 def joined(kernels: list[Path]) -> str:
-    """The kernel files as one, with the device headers of their rooms in place: they hold the loops."""
+    """The kernel files as one, with the device headers of their rooms, and LOOPS, in place."""
     rooms, seen = {kernel.parent for kernel in kernels}, set()
 
     def inside(match: re.Match[str]) -> str:
         path = build.ROOT / "kernels" / match[1]
-        if path.parent not in rooms:
+        if path.parent not in rooms and path.name not in LOOPS:
             return match[0]
         text = "" if path in seen else path.read_text().replace("#pragma once\n", "")
         seen.add(path)

@@ -1,7 +1,8 @@
 """A traced graph on a device that captures: the same steps as on the CPU, called through the dispatcher.
 
 The first run goes step by step (kernels are compiled and tuned, ops that wait for the device are found out), the second is
-captured, later ones are launches: one where every step can be captured, which is the rule. A step that cannot (it runs on
+captured, later ones are launches: one where every step can be captured, which is the rule. What kernels make of a weight
+before they multiply by it (kernels/common/prepared.py) is made in the first run and stays. A step that cannot (it runs on
 copies on the CPU, or waits for the device) runs by itself between two graphs, and ``explain()`` says why.
 
 Intermediate results lie where the graphs' pool puts them, inputs and results in buffers of the program. Inputs that the
@@ -148,7 +149,7 @@ class CapturedProgram(Trace):
         self._ran = True
 
     def _step_by_step(self) -> None:
-        with self.graphs.aside():
+        with self.graphs.aside(), self.shared.prepared.use():
             for i, (node, step) in enumerate(self._calls):
                 if step is not None and step.backend == "graph" and not is_room(node.target):
                     self._compute_warily(i, step)
@@ -234,8 +235,9 @@ class CapturedProgram(Trace):
 
     def _work(self, indices: Sequence[int], ends: bool) -> list[Tensor]:
         """Computes these calls, and what follows the last; returns all that is read later."""
-        for i in indices:
-            self._compute(i)
+        with self.shared.prepared.use(keep=False):
+            for i in indices:
+                self._compute(i)
         if ends:
             self._results = self._finished()
         return [*self._real.values(), *self._results]
@@ -256,7 +258,9 @@ class CapturedProgram(Trace):
         self._drop(i)
 
         def call() -> None:
-            for place, result in zip(places, tensors(self._called(node, args, kwargs))):
+            with self.shared.prepared.use():
+                results = tensors(self._called(node, args, kwargs))
+            for place, result in zip(places, results):
                 place.copy_(result)
 
         return call
@@ -281,10 +285,11 @@ class CapturedProgram(Trace):
                 self._load(inputs)
                 self.graphs.hold()
                 moments = [self.graphs.moment()]
-                for i, (_, step) in enumerate(self._calls):
-                    self._compute(i)
-                    if step is not None:
-                        moments.append(self.graphs.moment())
+                with self.shared.prepared.use():
+                    for i, (_, step) in enumerate(self._calls):
+                        self._compute(i)
+                        if step is not None:
+                            moments.append(self.graphs.moment())
                 return [later - earlier for earlier, later in itertools.pairwise(moments)]
             finally:
                 self._real.clear()

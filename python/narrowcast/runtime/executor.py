@@ -293,7 +293,7 @@ class Executor:
         packed: their copies in the order of the kernels, made so far; programs: all prepared shapes.
         """
         return self.program(*inputs).memory() | {
-            "packed": self._shared.packed.bytes,
+            "packed": self._shared.packed.bytes + self._shared.prepared.bytes,
             "weights": self._shared.weight_bytes,
             "programs": sum(p.bytes for p in self._programs.values()),
         }

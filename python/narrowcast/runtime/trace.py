@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _runtime
 from ..errors import UnsupportedError
+from ..kernels.common.prepared import Prepared
 
 #: Inputs up to this size are copied into the arena; larger ones are read in place, at the price of
 #: building the steps that read them again when their address changes.
@@ -95,6 +96,8 @@ class Shared:
                     weight.shape,
                     weight.stride(),
                 )
+        #: What the kernels of a GPU made of the weights, once.
+        self.prepared = Prepared(self.weights.values())
         # A pack cache is keyed by address: only the first layout seen there may use it.
         self.layouts: dict[int, tuple] = {}
 
