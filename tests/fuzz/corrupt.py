@@ -42,7 +42,7 @@ from .wholes import WHOLES
 MEMORY = 384 << 20  # above the process before the load; the files themselves have less than 1 MB
 ADDRESSES = 2 << 30  # of address space above the process before: what asks for more is refused, and says so
 HANGS_AFTER = 30.0
-EXPORTED = 20
+EXPORTED = 100
 #: What a library says when an allocation was refused: a blow-up, whatever error it came in.
 _REFUSED = (
     "can't allocate",
