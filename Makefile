@@ -45,6 +45,7 @@ test-abi: venv
 
 hostile: venv
 	@cd tests && ../$(PY) -W ignore -m fuzz.hostile --cases 5000
+	@cd tests && ../$(PY) -W ignore -m fuzz.corrupt --cases 1000
 
 sanitize: venv
 	@$(PY) tools/sanitize.py

@@ -21,7 +21,6 @@ torch.set_num_threads(int(os.environ.get("NARROWCAST_THREADS", "2")))
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=None, help="seed of every test's random inputs")
-    parser.addoption("--corruptions", type=int, default=60, help="damaged files per format (1000: a night)")
 
 
 def pytest_configure(config):

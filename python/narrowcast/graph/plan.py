@@ -26,7 +26,7 @@ from narrowcast.errors import ArgumentError, FormatError, UnsupportedError, Veri
 from narrowcast.files import atomic_path
 
 from .ir import Graph
-from .record import check_document
+from .record import check_config, check_document
 from .serialize import MAX_RANK, from_json, to_json
 
 FORMAT_VERSION = 1
@@ -136,6 +136,7 @@ class Plan:
             parts[kind][rest] = tensor
         try:
             graph = from_json(document["graph"], parts["weight"])
+            check_config(document["config"])
             check_document(document["record"], document["certificate"], document["source"])
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from error

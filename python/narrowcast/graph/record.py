@@ -1,4 +1,4 @@
-"""What a report reads of a plan's record, certificate and source: of the kinds that compress writes, or refused.
+"""What is read of a plan's config, record, certificate and source: of the kinds that compress writes, or refused.
 
 Keys that are not named here may hold anything; those that are named may be missing unless said otherwise, so that
 plans of earlier versions read.
@@ -12,6 +12,11 @@ from typing import Any
 from narrowcast.errors import FormatError
 
 Check = Callable[[Any, str], None]
+
+
+def check_config(config: Any) -> None:
+    """Raises FormatError that names the first of the model's figures of a wrong kind."""
+    _CONFIG(config, "config")
 
 
 def check_document(record: Any, certificate: Any, source: Any) -> None:
@@ -112,4 +117,19 @@ _CERTIFICATE = _object({}, {
 })  # fmt: skip
 _SOURCE = _object({}, {
     "name": _or_none(_text), "path": _or_none(_text), "bytes": _or_none(_count), "sha256": _or_none(_text),
+})  # fmt: skip
+
+
+def _token_ids(value: Any, path: str) -> None:
+    for item in value if isinstance(value, list) else [value]:
+        _count(item, path)
+
+
+_IMAGE = _object(
+    {}, {"size": _count, "mean": _each(_number, 3), "std": _each(_number, 3), "range": _each(_number, 2)}
+)
+_CONFIG = _object({}, {
+    **dict.fromkeys(("context", "max_position_embeddings", "bos_token_id", "pad_token_id"), _or_none(_count)),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token"), _or_none(_text)),
+    "eos_token_id": _or_none(_token_ids), "image": _or_none(_IMAGE),
 })  # fmt: skip

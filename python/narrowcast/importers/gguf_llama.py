@@ -13,10 +13,9 @@ from narrowcast.formats import GroupedWeight
 
 from .gguf import GGUFFile
 from .gguf_tokenizer import tokenizer_json
-from .llama import Decoder, DecoderConfig, export_decoder, rope_tables
+from .llama import MAX_LAYERS, Decoder, DecoderConfig, check_positions, export_decoder, rope_tables
 from .model import Model, describe_file
 
-MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
 
 _MATRICES = {
@@ -98,6 +97,7 @@ def _config(file: GGUFFile, context: int | None) -> DecoderConfig:
     limit = _size(file, "llama.context_length")
     if context is not None and not 1 <= context <= limit:
         raise ArgumentError(f"context must be between 1 and the file's {limit}, got {context}")
+    check_positions(context or limit, head_dim, sum(info.nbytes for info in file.tensors.values()))
     return DecoderConfig(
         layers=_size(file, "llama.block_count", limit=MAX_LAYERS),
         hidden=hidden,

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narrowcast.errors import ArgumentError, FormatError, UnsupportedError
+from narrowcast.errors import ArgumentError, Error, FormatError, UnsupportedError
 
 from . import quantized
-from .llama import export_decoder
+from .llama import MAX_LAYERS, check_positions, export_decoder
 from .model import Model, describe_shards
 from .torch_module import export
 
@@ -204,15 +204,18 @@ def _decoder(model: nn.Module, dtype: torch.dtype, context: int | None) -> Model
     if rope not in _ROPE_TYPES:
         raise UnsupportedError(f"rotary scaling {rope!r} depends on the length of the text")
     limit = config.max_position_embeddings
+    if type(limit) is not int or limit < 1:
+        raise FormatError(f"max_position_embeddings must be a positive integer, got {limit!r}")
     if context is not None and not 1 <= context <= limit:
         raise ArgumentError(f"context must be between 1 and the model's {limit}, got {context}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    check_positions(context or limit, head_dim, sum(p.nbytes for p in model.parameters()))
     positions = torch.arange(context or limit)[None]
     with torch.no_grad():
         cos, sin = body.rotary_emb(torch.zeros(1, dtype=torch.float32), position_ids=positions)
     tables = _Tables(*(t[0, :, : t.shape[-1] // 2].float().contiguous() for t in (cos, sin)))
     library = sys.modules[type(body).__module__]
     _check_rotation(library.apply_rotary_pos_emb, cos, sin, tables)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     parameters = inspect.signature(body.forward).parameters
     cache_argument = "cache" if "cache" in parameters else "past_key_values"
     changes = {(library, "apply_rotary_pos_emb"): _rotate_query, (body, "rotary_emb"): tables}
@@ -318,16 +321,17 @@ def _pretrained(path: Path, kind: str, dtype: torch.dtype, held: quantized.Weigh
     factory = library.AutoModelForCausalLM if kind in DECODERS else library.AutoModel
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        if held is None:
-            return factory.from_pretrained(str(path), use_safetensors=True, dtype=dtype, **options)
         config = library.AutoConfig.from_pretrained(str(path), **options)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
-            chosen = type(factory.from_config(config))
+        chosen = _described(factory, config, path)
+        if held is None:
+            return factory.from_pretrained(str(path), use_safetensors=True, dtype=dtype, **options)
         model, report = chosen.from_pretrained(
             None, config=config, state_dict=dict(held.values), output_loading_info=True, dtype=dtype
         )
+    except Error:
+        raise
     except Exception as error:
         raise FormatError(f"the folder {path.name!r} cannot be read: {error}") from error
     missing, astray = sorted(report["missing_keys"]), sorted(held.quantised & set(report["unexpected_keys"]))
@@ -336,6 +340,25 @@ def _pretrained(path: Path, kind: str, dtype: torch.dtype, held: quantized.Weigh
     if astray:
         raise FormatError(f"the quantised weight {astray[0]!r} of {path.name!r} has no place in the model")
     return model
+
+
+def _described(factory: Any, config: Any, path: Path) -> type[nn.Module]:
+    """The class of the model that config.json describes, if the files can hold that model.
+
+    Raises FormatError before anything is made for layers or sizes that no byte of the weights stands for.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
+        raise FormatError(
+            f"config.json: num_hidden_layers must be between 1 and {MAX_LAYERS}, got {layers!r}"
+        )
+    with torch.device("meta"):
+        model = factory.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    stored = sum(file.stat().st_size for file in quantized.weight_files(path))
+    if parameters > 8 * stored:
+        raise FormatError(f"config.json describes {parameters} weights, its files have {stored} bytes")
+    return type(model)
 
 
 def _native(result: Model, model: nn.Module, held: quantized.Weights) -> dict[str, Any]:
@@ -350,7 +373,8 @@ def _native(result: Model, model: nn.Module, held: quantized.Weights) -> dict[st
     return native
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, kind: type = dict) -> Any:
+    """The object (or list) in a file, or None where there is none."""
     if not path.is_file():
         return None
     if path.stat().st_size > _MAX_JSON:
@@ -359,13 +383,13 @@ def _json(path: Path) -> Any:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise FormatError(f"{path.name} is no JSON") from None
-    if not isinstance(value, dict | list):
-        raise FormatError(f"{path.name} must hold an object")
+    if not isinstance(value, kind):
+        raise FormatError(f"{path.name} must hold {'an object' if kind is dict else 'a list'}")
     return value
 
 
 def _pooling(path: Path) -> tuple[str | None, bool | None]:
-    modules = _json(path / "modules.json")
+    modules = _json(path / "modules.json", list)
     if modules is None:
         return None, None
     kinds = [str(m.get("type", "")).rpartition(".")[2] for m in modules if isinstance(m, dict)]

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowcast.errors import ArgumentError
+from narrowcast.errors import ArgumentError, UnsupportedError
 
 ops = torch.ops.narrowcast
+
+#: Layers that a file may ask for; and bytes of rotary tables beyond those of its weights (128 K positions of 128).
+MAX_LAYERS, MAX_TABLES = 1024, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,19 @@ class DecoderConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def check_positions(positions: int, head_dim: int, weight_bytes: int) -> None:
+    """Raises UnsupportedError where rotary tables would need more memory than a model of this size explains.
+
+    positions, head_dim: as a file states them; weight_bytes: that are really there. A damaged length costs nothing.
+    """
+    needed, most = positions * head_dim * 4, max(MAX_TABLES, weight_bytes)
+    if needed > most:
+        raise UnsupportedError(
+            f"the rotary tables of {positions} positions of {head_dim} would need {needed} bytes, more than the weights' "
+            f"{weight_bytes}: import with context={most // (4 * head_dim)} or fewer"
+        )
 
 
 def rope_tables(

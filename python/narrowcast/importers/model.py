@@ -94,7 +94,13 @@ def load_model(
     path = Path(source)
     if not path.exists():
         raise ArgumentError(f"source must exist, got {os.fspath(source)!r}")
-    return _call(_importer(path), path, options)
+    try:
+        return _call(_importer(path), path, options)
+    except (FormatError, UnsupportedError) as error:
+        if path.name in str(error):
+            raise
+        # What is wrong with a tensor or an entry is said where it is read; which model it is, here.
+        raise type(error)(f"{path.name}: {error}") from error
 
 
 def _importer(path: Path):

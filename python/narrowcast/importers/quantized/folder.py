@@ -61,7 +61,7 @@ def read_folder(path: Path, settings: dict[str, Any], dtype: torch.dtype = torch
     Raises FormatError for damaged files, UnsupportedError for a method or an option that is not known here.
     """
     method = settings.get("quant_method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UnsupportedError(f"the quant_method must be one of {', '.join(METHODS)}, got {method!r}")
     tensors = Checkpoint.of_folder(path)
     try:
