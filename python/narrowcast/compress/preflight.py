@@ -74,8 +74,6 @@ def bytes_of(graph: Graph, kind: str, recipe: str, group_size: int | None) -> tu
     least = most = graph.weight_bytes
     for item, form in _forms(graph, recipe, group_size or 32):
         change = form.weight_bytes(graph, item) - graph.weights[item.weight].nbytes
-        if isinstance(form, ConvInt8) and Layer(item.nodes[0])["bias"] is None:
-            change += 4 * graph.weights[item.weight].shape[0]
         least += change
         most += change
     if kind == "image" and recipe == "int8":
@@ -96,7 +94,7 @@ def _forms(graph: Graph, recipe: str, size: int) -> list[tuple[Item, Form]]:
         if item.kind == "table":
             form = _table(graph, item, recipe) if item.weight in tables else None
         elif item.kind == "conv":
-            form = ConvInt8() if recipe == "int8" else None
+            form = ConvInt8("int8", 8) if recipe == "int8" else None
         elif recipe == "int8":
             form = Int8()
         elif recipe == "native":

@@ -35,11 +35,12 @@ from narrowcast.runtime.executor import Executor
 
 from . import cost, knapsack
 from .calibrate import collect
-from .cnn import absorb_padding
+from .cnn import SEARCHED, absorb_padding, searched_ranges, some
+from .conv_forms import apply_forms, round_forms
+from .equalize import equalize
 from .forms import FORMS, Draft, Form, Item, Known, items_of
 from .gptq import Rounded
 from .judge import Judge, Verdict
-from .ranges import observe_edges
 from .sensitivity import Progress, scan
 from .sequential import round_in_sequence
 from .transformer import Decision, int4_targets, layer_name
@@ -107,6 +108,8 @@ class Search:
         graph = fused.clone()
         if kind == "image":
             absorb_padding(graph)
+            few = data.calibration[: STATISTICS_BATCHES[kind]]
+            equalize(graph, few, some(few, SEARCHED))
         self.memory = Memory(work, graph, data, forms, keep_float)
         self.why: dict[str, str] = dict.fromkeys(keep_float, "asked for")
         self.items = [item for item in items_of(graph, forms) if item.name not in keep_float]
@@ -128,8 +131,8 @@ class Search:
             n for i in self.items for n in i.nodes if i.kind in ("dense", "tied") and not _settled(graph, i)
         ]
         statistics = collect(graph, dense, few, self.data.valid, self.progress) if dense else {}
-        edges = observe_edges(graph, few, self.progress) if self.kind == "image" else {}
-        return Known(graph, statistics, edges, few)
+        ranges = searched_ranges(graph, few, self.progress) if self.kind == "image" else {}
+        return Known(graph, statistics, ranges, few)
 
     # --- prices -----------------------------------------------------------------------------------
 
@@ -150,6 +153,11 @@ class Search:
         for item in self.items:
             self._drop(item)
         self.items = [item for item in self.items if len(item.forms) > 1]
+        if self.kind == "image":  # few layers, and coarse: their losses are those of rounded weights
+            round_forms(self.known, self.items, self.progress)
+            self._round(
+                [i.name for i in self.items if i.kind == "dense" and BITS4 in {f.name for f in i.forms}]
+            )
         self.loss = self.memory.once(
             "loss", lambda: scan(self.kind, self.known, self.items, self.data.calibration, self.progress)
         )
@@ -203,7 +211,8 @@ class Search:
         layers = {layer_name(Layer(n)) for n in graph.calls(ops.linear.default)}
         targets = int4_targets(graph, 32, 8, layers - set(names))
         folder = self.memory.rounds(graph, self.data, [t.name for t in targets.values()])
-        seen = self.data.calibration + self.data.synthetic
+        few = STATISTICS_BATCHES[self.kind] if self.kind == "image" else None  # images take much memory
+        seen = self.data.calibration[:few] + self.data.synthetic
         made = round_in_sequence(graph, targets, seen, self.data.valid, self.progress, folder)
         self.known.rounded = {targets[node].name: rounded for node, rounded in made.items()}
         self._sets[tuple(names)] = self.known.rounded
@@ -212,10 +221,8 @@ class Search:
         """The plan at a position of the chain."""
         draft, choice = Draft.begin(self.known), self._choice(position)
         decisions: dict[str, Decision] = {}
-        forms = sorted(set(choice.values()), key=lambda form: form.finish)
-        for form in forms:
-            chosen = [item for item in self.items if choice[item.name] is form]
-            decisions |= {d.name: d for d in form.apply(draft, chosen)}
+        chosen = [(item, choice[item.name]) for item in self.items]
+        decisions |= {d.name: d for d in apply_forms(draft, chosen)}
         draft.graph.clean()
         listed = []
         for item in items_of(self.known.graph, FORMS):
