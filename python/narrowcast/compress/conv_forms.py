@@ -12,9 +12,9 @@ from narrowcast.graph.int4_codes import add_codes
 from narrowcast.graph.passes.match import Layer
 
 from .adaround import RoundedConv, round_conv
-from .cnn import can_have_4_bits, quantize_chosen
+from .cnn import can_have_4_bits, quantize_chosen, searched_ranges
 from .items import Draft, Form, Item, Known, only
-from .ranges import fake_quantised
+from .ranges import Ranges, fake_quantised
 from .round_convs import round_alone
 from .transformer import Decision
 from .weights import sqnr_db
@@ -114,16 +114,23 @@ class ConvInt8(ConvForm):
     finish = 4
 
     def stand_in(self, known: Known, item: Item) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        quantiser = known.ranges[Layer(item.nodes[0])["x"]]
+        quantiser = ranges_of(known)[Layer(item.nodes[0])["x"]]
         return self.rounded(known, item).dequantize(), lambda x: fake_quantised(x, quantiser)
 
     def apply(self, draft: Draft, items: Sequence[Item]) -> list[Decision]:
         return together(draft, {item.name: self.bits for item in items}, items)
 
 
+def ranges_of(known: Known) -> Ranges:
+    """Searched when a form first asks: it takes long, and a plan of unpacked weights needs none."""
+    if known.ranges is None:
+        known.ranges = searched_ranges(known.graph, known.images)
+    return known.ranges
+
+
 def together(draft: Draft, bits: Mapping[str, int], items: Sequence[Item]) -> list[Decision]:
     """All layers that become conv2d_int8, at once: between two of them an image stays int8."""
-    ranges = {draft.of[node]: quantiser for node, quantiser in draft.known.ranges.items()}
+    ranges = {draft.of[node]: quantiser for node, quantiser in ranges_of(draft.known).items()}
     return only(quantize_chosen(draft.graph, draft.known.images, ranges, bits), items)
 
 

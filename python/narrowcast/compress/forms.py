@@ -120,8 +120,9 @@ class Grouped(Form):
 
     exact = False
 
-    def __init__(self, name: str, bits: int, group_size: int, activation_bits: int):
+    def __init__(self, name: str, bits: int, group_size: int, activation_bits: int, symmetric: bool = False):
         self.name, self.bits, self.group_size, self.activation_bits = name, bits, group_size, activation_bits
+        self.symmetric = symmetric
         self.finish = 1 if bits == 4 else 2
 
     def fits(self, graph: Graph, item: Item) -> bool:
@@ -132,7 +133,7 @@ class Grouped(Form):
     def weight_bytes(self, graph: Graph, item: Item) -> int:
         n, k = graph.weights[item.weight].shape
         scales = n * (k // fitting_group(k, self.group_size)) * 2
-        return n * k * self.bits // 8 + (2 * scales if self.bits == 4 else scales)
+        return n * k * self.bits // 8 + (2 * scales if self.bits == 4 and not self.symmetric else scales)
 
     def stand_in(self, known: Known, item: Item) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         weight = known.graph.weights[item.weight]
@@ -156,7 +157,7 @@ class Grouped(Form):
                     rounded[draft.of[node]] = draft.known.rounded[item.name]
         decisions = quantize_grouped(
             draft.graph, draft.statistics, self.bits, self.group_size, self.activation_bits,
-            draft.others(items), rounded=rounded,
+            draft.others(items), symmetric=self.symmetric, rounded=rounded,
         )  # fmt: skip
         return only(decisions, items)
 

@@ -70,7 +70,7 @@ class Known:
 
     graph: Graph
     statistics: dict[fx.Node, Statistics]
-    ranges: Ranges  #: of the images between convolutions
+    ranges: Ranges | None  #: of the images between convolutions; None: not looked for yet
     images: Sequence[tuple[Tensor, ...]]  #: calibration batches of an image model
     rounded: dict[str, Rounded] = field(default_factory=dict)  #: int4 weights, by the name of the layer
     #: Convolutions by the name of the layer, bits and weights per scale (0: a channel), each rounded alone.

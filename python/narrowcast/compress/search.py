@@ -35,8 +35,8 @@ from narrowcast.runtime.executor import Executor
 
 from . import cost, knapsack
 from .calibrate import collect
-from .cnn import SEARCHED, absorb_padding, searched_ranges, some
-from .conv_forms import apply_forms, round_forms
+from .cnn import SEARCHED, absorb_padding, some
+from .conv_forms import ConvInt8, Unpacked, apply_forms, round_forms
 from .equalize import equalize
 from .forms import FORMS, Draft, Form, Item, Known, items_of
 from .gptq import Rounded
@@ -131,8 +131,7 @@ class Search:
             n for i in self.items for n in i.nodes if i.kind in ("dense", "tied") and not _settled(graph, i)
         ]
         statistics = collect(graph, dense, few, self.data.valid, self.progress) if dense else {}
-        ranges = searched_ranges(graph, few, self.progress) if self.kind == "image" else {}
-        return Known(graph, statistics, ranges, few)
+        return Known(graph, statistics, None, few)
 
     # --- prices -----------------------------------------------------------------------------------
 
@@ -174,6 +173,9 @@ class Search:
             if out and len(out) == len(item.forms) - 1:
                 self.why[item.name] = self._not_faster(item)
             item.forms = [f for f in item.forms if f not in out]
+        elif any(isinstance(f, Unpacked) for f in item.forms):
+            # The same codes take the same bytes, and images that stay in float lose nothing.
+            item.forms = [f for f in item.forms if not isinstance(f, ConvInt8)]
         # Nothing that costs as much as a form without loss is worth its loss.
         free = min((price[f.name] for f in item.forms if f.exact), default=math.inf)
         item.forms = [f for f in item.forms if f.exact or price[f.name] < free]
