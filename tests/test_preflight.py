@@ -37,8 +37,8 @@ class Net(nn.Module):
 class Cnn(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.next = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 96, 1, bias=False)
-        self.last, self.head = nn.Conv2d(96, 48, 3, padding=1), nn.Linear(48, 10)
+        self.stem, self.next = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 48, 1, bias=False)
+        self.last, self.head = nn.Conv2d(48, 32, 1), nn.Linear(32, 10)
 
     def forward(self, x):
         x = torch.relu(self.last(torch.relu(self.next(torch.relu(self.stem(x))))))

@@ -128,10 +128,10 @@ def sizes(size: int, multiple: int) -> list[int]:
 
 
 class Cost:
-    """Multiply-adds of all layers with weights, as a function of what the spaces keep."""
+    """Multiply-adds and weights of all layers with weights, as functions of what the spaces keep."""
 
     def __init__(self, graph: Graph, channels: Channels, inputs: tuple[Tensor, ...]):
-        self.layers: list[tuple[int, Space | None, Space | None]] = []  # macs, read, made
+        self.layers: list[tuple[int, int, Space | None, Space | None]] = []  # macs, weights, read, made
 
         def observe(node, args, kwargs, output):
             if not calls(node, ops.conv2d.default, ops.linear.default):
@@ -142,16 +142,21 @@ class Cost:
             if windows:  # a merged layer: each window makes its own channels
                 for window in windows:
                     part = output.numel() // output.shape[-1] * window.size
-                    self.layers.append((part * per_output, spaces[0], window))
+                    self.layers.append((part * per_output, window.size * per_output, spaces[0], window))
                 return
             depthwise = spaces[1] is not None and node in spaces[1].depthwise
-            self.layers.append((output.numel() * per_output, None if depthwise else spaces[0], spaces[1]))
+            read = None if depthwise else spaces[0]
+            self.layers.append((output.numel() * per_output, args[1].numel(), read, spaces[1]))
 
         graph.run(*(x.clone() for x in inputs), observe=observe)
 
     def total(self, cuts: Sequence[Cut]) -> int:
         part = {cut.space: cut.kept / cut.space.size for cut in cuts}
-        return round(sum(m * part.get(x, 1.0) * part.get(y, 1.0) for m, x, y in self.layers))
+        return round(sum(m * part.get(x, 1.0) * part.get(y, 1.0) for m, _, x, y in self.layers))
+
+    def weights(self, cuts: Sequence[Cut]) -> int:
+        part = {cut.space: cut.kept / cut.space.size for cut in cuts}
+        return round(sum(w * part.get(x, 1.0) * part.get(y, 1.0) for _, w, x, y in self.layers))
 
 
 def choose(cuts: Sequence[Cut], cost: Cost, share: float) -> None:
