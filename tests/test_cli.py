@@ -187,10 +187,33 @@ def test_compress_refuses_before_it_writes(cli, tmp_path):
     one_line(cli("compress", tmp_path / "none.gguf", "-o", out), 2, "must exist")
     one_line(cli("compress", gguf, "-o", out, "--recipe", "int3"), 2, "recipe must be one of")
     one_line(cli("compress", gguf, "-o", out, "--budget", "7"), 2, "budget must lie")
+    one_line(cli("compress", gguf, "-o", out, "--distill", "9"), 2, "give prune too")
+    one_line(cli("compress", gguf, "-o", out, "--recipe", "auto", "--prune", "0.5"), 2, "prune must be None")
     one_line(cli("compress", gguf, "-o", out, "--json"), 1, "cut.gguf")
     one_line(cli("compress", other, "-o", out), 1, "no model file known here")
     one_line(cli("compress", gguf, "-o", tmp_path / "no" / "x.plan"), 2, "does not exist")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.gguf", "model.bin"]
+
+
+def test_prune_and_distill_of_a_shell(cli, monkeypatch, tmp_path):
+    """Dry runs take them as well; what was cut is in the plan."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 32, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    ).eval()  # fmt: skip
+    exported = torch.export.export(net, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: AUTO},))
+    model = Model(exported, "image", {"image": {"size": 8}})
+    monkeypatch.setattr("narrowcast.compress.api.load_model", lambda source, **options: model)
+    monkeypatch.setattr("narrowcast.runtime.tasks.load_folder", lambda *a: torch.randn(60, 3, 8, 8))
+    out = tmp_path / "half.plan"
+    options = ("--recipe", "fp32", "--data", tmp_path, "--prune", 0.4, "--distill", 20)
+    told = cli("compress", "model", "-o", out, *options, "--dry-run", "--json").json
+    assert not out.exists()
+    made = cli("compress", "model", "-o", out, *options, "--json")
+    assert made.code == 0, made.err
+    plan = nc.Plan.load(out)
+    assert told["bytes"][0] <= plan.weight_bytes <= told["bytes"][1] < made.json["bytes_float32"]
+    assert plan.record["pruning"]["share"] >= 0.4 and plan.record["pruning"]["distillation"]["steps"] == 20
 
 
 # --- inspect --------------------------------------------------------------------------------------

@@ -37,11 +37,12 @@ class Net(nn.Module):
 class Cnn(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.next = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 1, bias=False)
-        self.head = nn.Linear(24, 10)
+        self.stem, self.next = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 48, 1, bias=False)
+        self.last, self.head = nn.Conv2d(48, 32, 1), nn.Linear(32, 10)
 
     def forward(self, x):
-        return self.head(torch.relu(self.next(torch.relu(self.stem(x)))).mean((2, 3)))
+        x = torch.relu(self.last(torch.relu(self.next(torch.relu(self.stem(x))))))
+        return self.head(x.mean((2, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +79,41 @@ def test_bytes_of_a_graph_are_exact(net, recipe):
     assert least == most == graph.weight_bytes
 
 
-def test_bytes_of_a_cnn_are_a_range(cnn):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recipe": "int8"},
+        {"recipe": "int4"},
+        {"recipe": "int8", "prune": 0.3},
+        {"recipe": "int4", "prune": 0.2},
+    ],
+)
+def test_bytes_of_a_cnn_are_a_range(cnn, options):
     data = torch.randn(20, 3, 8, 8)
-    told = nc.predict(cnn, recipe="int8", data=data)
-    plan = nc.compress(cnn, recipe="int8", data=data)
+    told = nc.predict(cnn, data=data, **options)
+    plan = nc.compress(cnn, data=data, **options)
+    print(told.bytes, plan.weight_bytes)
     assert told.bytes[0] <= plan.weight_bytes <= told.bytes[1] and "range" in told.notes[-1]
     assert told.seconds > 0
+
+
+def test_what_is_asked_for_is_foretold(net, cnn):
+    data = [(torch.randint(4096, (3, 8)),) for _ in range(3)]
+    kept = nc.predict(net, recipe="int8", data=data, keep_float=["wide"])
+    assert kept.bytes == (nc.compress(net, recipe="int8", data=data, keep_float=["wide"]).weight_bytes,) * 2
+    pictures = torch.randn(20, 3, 8, 8)
+    whole = nc.predict(cnn, recipe="fp32", data=pictures)
+    cut = nc.predict(cnn, recipe="fp32", data=pictures, prune=0.3, distill=1000)
+    assert cut.bytes[1] < whole.bytes[0] and cut.seconds > whole.seconds
+    for options, message in (
+        ({"recipe": "int8", "symmetric": True}, "symmetric must be False"),
+        ({"recipe": "fp32", "distill": 5}, "distill must be"),
+        ({"recipe": "fp32", "prune": 2.0}, "prune must lie between"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            nc.predict(cnn, data=pictures, **options)
+    with pytest.raises(UnsupportedError, match="rotate must be False"):
+        nc.predict(cnn, recipe="int8", data=pictures, rotate=True)
 
 
 def test_live_bytes_are_those_of_the_largest_moment():
@@ -110,10 +140,27 @@ print(told.peak, preflight.most_resident())
 """
 
 
+_PICTURES = """
+import torch, narrowcast as nc
+from torch import nn
+from narrowcast.compress import preflight
+from narrowcast.importers.model import Model
+layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 10)).eval().requires_grad_(False)
+exported = torch.export.export(net, (torch.randn(2, 3, 96, 96),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+model, data = Model(exported, "image", {"image": {"size": 96}}), torch.randn(220, 3, 96, 96)
+told = nc.predict(model, recipe="RECIPE", data=data)
+nc.compress(model, recipe="RECIPE", data=data)
+print(told.peak, preflight.most_resident())
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("recipe", ["fp32", "int8"])
-def test_the_peak_of_memory_is_foretold(recipe):
-    code = _CHILD.replace("RECIPE", recipe)
+@pytest.mark.parametrize(
+    "child, recipe", [(_CHILD, "fp32"), (_CHILD, "int8"), (_PICTURES, "int8"), (_PICTURES, "int4")]
+)
+def test_the_peak_of_memory_is_foretold(child, recipe):
+    code = child.replace("RECIPE", recipe)
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )

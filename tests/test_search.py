@@ -12,7 +12,8 @@ from torch import nn
 
 import narrowcast as nc
 from narrowcast.compress import api, cost, knapsack, search
-from narrowcast.compress.forms import FORMS, Draft, items_of
+from narrowcast.compress.conv_forms import apply_forms
+from narrowcast.compress.forms import FORMS, ConvInt8, Draft, items_of
 from narrowcast.compress.judge import QUANTILE, Judge, flip_chance
 from narrowcast.compress.replay import Replay
 from narrowcast.compress.search import Search
@@ -177,13 +178,28 @@ def test_forms_keep_their_word(kind, request):
             assert decision.name == item.name
             saved = fused.weight_bytes - draft.graph.weight_bytes
             told = known.graph.weights[item.weight].nbytes - form.weight_bytes(known.graph, item)
-            # A convolution whose int8 result somebody reads in float takes a scale and a zero point with it.
-            assert told - saved in ((0, 8) if item.kind == "conv" and form.name == "int8" else (0,))
+            # A convolution whose int8 result somebody reads in float takes a scale and a zero point with it, and
+            # packed codes of all convolutions share a scale of 1.
+            shared = 4 if item.kind == "conv" and form.name.startswith("int4") else 0
+            edges = (0, 8) if isinstance(form, ConvInt8) else (0,)
+            assert told - saved - shared in edges
             ours = draft.graph.run(*inputs)[0]
             error = (ours - reference).norm() / reference.norm()
             assert error < (0.3 if "int4" in form.name else 0.05), (item.name, form.name)
             seen.add((item.kind, form.name))
-    assert len(seen) >= (6 if kind == "encoder" else 5), seen
+    assert len(seen) >= (6 if kind == "encoder" else 8), seen
+
+
+def test_convolutions_of_8_and_4_bits_share_their_edges(image):
+    made, _ = prepared(image, torch.randn(60, 3, 12, 12))
+    draft, graph = Draft.begin(made.known), made.known.graph
+    eight, four = ConvInt8("int8", 8), ConvInt8("int4", 4)
+    convolutions = [item for item in made.items if item.kind == "conv"]
+    decisions = apply_forms(draft, [(i, four if four.fits(graph, i) else eight) for i in convolutions])
+    draft.graph.clean()
+    assert {d.precision for d in decisions} == {"int8", "int4"} and len(decisions) == 4
+    assert len(list(draft.graph.calls(ops.conv2d_int8.default))) == 4
+    assert len(list(draft.graph.calls(ops.quantize_int8_static.default))) == 1  # of the pictures alone
 
 
 def test_a_form_can_be_added(encoder):

@@ -36,6 +36,13 @@ def compress(
     rotate: Annotated[
         bool, typer.Option("--rotate", help="turn a decoder's hidden states, where that loses less")
     ] = False,
+    prune: Annotated[
+        float | None,
+        typer.Option(help="share of the multiply-adds to cut first, in whole channels, such as 0.5"),
+    ] = None,
+    distill: Annotated[
+        int, typer.Option(help="steps in which what pruning left learns from the whole model (CNNs)")
+    ] = 0,
     device: Annotated[str, typer.Option(help="the device that the plan is measured on")] = "cpu",
     seed: Annotated[int, typer.Option(help="of whatever is drawn at random")] = 0,
     report: Annotated[
@@ -48,7 +55,10 @@ def compress(
     from narrowcast.files import check_writable
 
     if dry_run:
-        prediction = narrowcast.predict(source, recipe=recipe, data=data, group_size=group_size, seed=seed)
+        prediction = narrowcast.predict(
+            source, recipe=recipe, data=data, group_size=group_size, symmetric=symmetric, rotate=rotate,
+            seed=seed, prune=prune, distill=distill,
+        )  # fmt: skip
         if json:
             output.print_json(prediction.as_dict())
         else:
@@ -62,7 +72,7 @@ def compress(
         plan = narrowcast.compress(
             source, recipe=recipe, data=data, budget=budget, objective=objective, kv_cache=kv_cache,
             group_size=group_size, symmetric=symmetric, rotate=rotate, device=device, seed=seed, progress=progress,
-            work=out.with_name(f".{out.name}.work"),
+            work=out.with_name(f".{out.name}.work"), prune=prune, distill=distill,
         )  # fmt: skip
         plan.save(out)
     content = None if report is None else write_report(narrowcast.Plan.load(out), report)

@@ -13,6 +13,7 @@ mean error of a channel, so rounding only has to care for what varies.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -54,7 +55,8 @@ ACTIVATIONS = {
 
 @dataclass
 class RoundedConv:
-    """codes int8 [O, C / groups, KH, KW], scale float32 [O], bias float32 [O] with the mean error taken up."""
+    """codes int8 [O, C / groups, KH, KW], bias float32 [O] with the mean error taken up, and scale: float32 [O], or
+    float16 values as float32 [O, S] for S groups of inputs."""
 
     bits: int
     codes: Tensor
@@ -66,7 +68,8 @@ class RoundedConv:
     notes: list[str] = field(default_factory=list)
 
     def dequantize(self) -> Tensor:
-        return self.codes.float() * self.scale.reshape(-1, 1, 1, 1)
+        shape = self.codes.shape
+        return (self.codes.reshape(*self.scale.shape, -1) * self.scale[..., None]).reshape(shape)
 
 
 @dataclass
@@ -127,18 +130,20 @@ def rows_wanted(weight: Tensor, groups: int) -> int:
 
 def round_conv(
     layer: Layer, weight: Tensor, bias: Tensor | None, rows: Rows | None, bits: int, learn: bool,
-    generator: torch.Generator,
+    generator: torch.Generator, size: int = 0,
 ) -> RoundedConv:  # fmt: skip
     """Rounds the weight [O, C / groups, KH, KW] of a call of ``narrowcast.conv2d``.
 
     rows: of its inputs; None where no data reached it (nearest codes, and a note says so). learn: try AdaRound.
+    size: weights that share a scale, a divisor of C / groups * KH * KW; 0: all of an output channel.
     """
     groups = layer["groups"] or 1
-    grid = GRIDS[bits]
+    grid = dataclasses.replace(GRIDS[bits], half=size > 0)
     w = weight.detach().float().reshape(groups, weight.shape[0] // groups, -1)
+    size = size or w.shape[2]
     bias = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float()
     if rows is None or rows.count < 8 or not bool(rows.ours.any()):
-        scale, codes = _by_gptq(w, None, grid)
+        scale, codes = _by_gptq(w, None, grid, size)
         made = _result(bits, codes, scale, bias, weight, "nearest")
         made.notes.append("no calibration data reached it: rounded to nearest")
         return made
@@ -152,8 +157,8 @@ def round_conv(
     damped = covariance + RIDGE * torch.diag_embed(
         covariance.diagonal(dim1=1, dim2=2).mean(1, True).expand(-1, w.shape[2])
     )
-    scale, codes = _by_gptq(better, damped, grid)
-    nearest = (better / scale[..., None]).round_().clamp_(grid.low, grid.high)
+    scale, codes = _by_gptq(better, damped, grid, size)
+    nearest = (better / _spread(scale, w)).round_().clamp_(grid.low, grid.high)
     found = {"nearest": (nearest, scale), "gptq": (codes, scale)}
     act = _activation(layer)
     if learn:
@@ -162,12 +167,12 @@ def round_conv(
     aim = _behind(judge.aim, judge.wanted, act)
     errors = {}
     for rule, (q, s) in found.items():
-        restored = q * s[..., None]
+        restored = q * _spread(s, w)
         y = (judge.ours - x_mean) @ restored.transpose(1, 2) + aim_mean
         errors[rule] = (_behind(y, judge.added, act) - aim).square().sum().item()
     rule = min(errors, key=errors.__getitem__)
     codes, scale = found[rule]
-    shift = aim_mean - x_mean @ (codes * scale[..., None]).transpose(1, 2)  # [G, 1, N / G]
+    shift = aim_mean - x_mean @ (codes * _spread(scale, w)).transpose(1, 2)  # [G, 1, N / G]
     made = _result(bits, codes, scale, shift.reshape(-1), weight, rule)
     signal = aim.square().sum().item()
     made.sqnr_db = 200.0 if errors[rule] == 0 else 10 * math.log10(max(signal, 1e-30) / errors[rule])
@@ -176,19 +181,25 @@ def round_conv(
 
 def _result(bits: int, codes: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, rule: str) -> RoundedConv:
     codes = codes.to(torch.int8).reshape(weight.shape).contiguous()
-    return RoundedConv(bits, codes, scale.reshape(-1).contiguous(), bias, rule)
+    scale = scale.reshape(weight.shape[0], -1)
+    return RoundedConv(bits, codes, scale.squeeze(1).contiguous(), bias, rule)
 
 
-def _by_gptq(w: Tensor, covariance: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(scale [G, N], codes [G, N, K]) of weights [G, N, K]."""
+def _by_gptq(w: Tensor, covariance: Tensor | None, grid: Grid, size: int) -> tuple[Tensor, Tensor]:
+    """(scale [G, N, K / size], codes [G, N, K]) of weights [G, N, K]."""
     scales, codes = [], []
     for g in range(w.shape[0]):
         # A channel that never changes has nothing to weigh its taps by.
         known = covariance is not None and bool(covariance[g].diagonal().any())
-        rounded = round_weight(w[g], covariance[g] if known else None, grid, w.shape[2])
-        scales.append(rounded.scale[:, 0])
+        rounded = round_weight(w[g], covariance[g] if known else None, grid, size)
+        scales.append(rounded.scale)
         codes.append(rounded.codes.float())
     return torch.stack(scales), torch.stack(codes)
+
+
+def _spread(scale: Tensor, w: Tensor) -> Tensor:
+    """The scale of every weight of [G, N, K]."""
+    return scale.repeat_interleave(w.shape[2] // scale.shape[2], dim=2)
 
 
 def _activation(layer: Layer):
@@ -209,7 +220,8 @@ def _adaround(
 ) -> Tensor:
     """Codes [G, N, K] next to w / scale, learnt from the codes of ``start`` on."""
     x, aim_before, aim_mean, added, aim = problem
-    exact = w / scale[..., None]
+    scale = _spread(scale, w)
+    exact = w / scale
     # Where GPTQ went further than a neighbour, the choice is between its code and the next one towards w.
     base = torch.minimum(torch.maximum(exact.floor(), start - 1), start).clamp(grid.low, grid.high - 1)
     share = (exact - base).clamp(0.02, 0.98)
@@ -218,13 +230,13 @@ def _adaround(
     optimiser = torch.optim.Adam([v], lr=RATE)
     rows = x.shape[1]
     # Errors are told in those of GPTQ, so that DRIVE means the same for every layer.
-    y = _behind(x @ (start * scale[..., None]).transpose(1, 2) + aim_mean, added, act)
+    y = _behind(x @ (start * scale).transpose(1, 2) + aim_mean, added, act)
     unit = (y - aim).square().sum(-1).mean().clamp(min=1e-20)
     with torch.enable_grad():
         for step in range(STEPS):
             picked = torch.randint(rows, (min(BATCH, rows),), generator=generator)
             up = (torch.sigmoid(v) * _STRETCH[0] + _STRETCH[1]).clamp(0, 1)
-            soft = (base + up) * scale[..., None]
+            soft = (base + up) * scale
             y = x[:, picked] @ soft.transpose(1, 2) + aim_mean
             y = _behind(y, None if added is None else added[:, picked], act)
             loss = (y - aim[:, picked]).square().sum(-1).mean() / unit

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from narrowcast.runtime.verify import certify
 
 from . import hygiene, preflight, rotation
 from . import metrics as measure
-from .calibrate import WINDOW, collect, decoder_inputs, row_batches, text_batches, token_windows
+from .calibrate import collect, decoder_inputs
+from .calibration_data import HELD_OUT_WINDOWS, MEASURED_BATCHES, STATISTICS_WINDOWS, Data
 from .cnn import quantize_cnn
 from .cost import OBJECTIVES
-from .data import fixed_batch, picture_batches, plain_tokenizer, read_texts, sentences
-from .default_text import PASSAGES
+from .cut_extremes import cut_extremes
 from .distill import distill as distill_graph
 from .gptq import DAMPING
 from .half_attention import narrow_attention
@@ -34,7 +34,6 @@ from .kv_cache import quantize_kv_cache
 from .prune import prune_graph
 from .search import KINDS, Search
 from .sequential import round_in_sequence
-from .synthetic import random_texts
 from .transformer import (
     Decision,
     int4_targets,
@@ -50,16 +49,46 @@ ops = torch.ops.narrowcast
 
 RECIPES = ("native", "fp32", "int8", "int8-weight", "int4")
 
-#: Windows of text for statistics of a layer's inputs, and for GPTQ, which needs more; windows held out.
-STATISTICS_WINDOWS, CALIBRATION_WINDOWS, HELD_OUT_WINDOWS = 8, 24, 3
-#: The same for recipe "auto", which chooses by as many windows more: bounds of a decoder's loss are wide.
-SEARCH_WINDOWS = 10
-MEASURED_BATCHES = 20  #: held-out batches that are measured, and as many of calibration
-SENTENCES, SEARCH_SENTENCES = 320, 480  #: of a document, for an encoder
-PICTURES, CALIBRATED_TOGETHER = 16, 8  #: in a batch that is measured, and in one of calibration
 #: For int4 the weights lose more than int8 activations in groups do, and products of integers are much faster.
 INT4_ACTIVATION_BITS = 8
 Progress = Callable[[str, int, int], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`compress` was asked for, see there."""
+
+    recipe: str
+    kv_cache: str = "float"
+    group_size: int | None = None
+    symmetric: bool = False
+    rotate: bool = False
+    keep_float: set[str] = field(default_factory=set)
+    prune: float | None = None
+    distill: int = 0
+    work: str | Path | None = None
+    progress: Progress | None = None
+
+    def check(self) -> None:
+        recipe = self.recipe
+        if recipe not in (*RECIPES, "auto"):
+            raise ArgumentError(f"recipe must be one of {', '.join(RECIPES)} or auto, got {recipe!r}")
+        if self.kv_cache not in ("float", "int8"):
+            raise ArgumentError(f"kv_cache must be float or int8, got {self.kv_cache!r}")
+        if self.distill < 0 or (self.distill and self.prune is None):
+            raise ArgumentError(
+                f"distill must be a number of steps that follow pruning, got {self.distill}; give prune too"
+            )
+        if self.symmetric and recipe != "int4":
+            raise ArgumentError(f"symmetric must be False for recipe {recipe}: only int4 has zero points")
+        if self.prune is not None and recipe == "auto":
+            raise ArgumentError("prune must be None for recipe auto: prune with a recipe that is named")
+        if self.rotate and recipe == "auto":
+            raise ArgumentError(
+                "rotate must be False for recipe auto: name the recipe to be tried with and without"
+            )
+        if self.group_size is not None and (self.group_size < 0 or self.group_size % 32):
+            raise ArgumentError(f"group_size must be a multiple of 32, got {self.group_size}")
 
 
 def compress(
@@ -114,68 +143,49 @@ def compress(
     Raises ArgumentError for an unknown recipe or unusable data, UnsupportedError when a recipe does not apply
     to this kind of model.
     """
-    if recipe not in (*RECIPES, "auto"):
-        raise ArgumentError(f"recipe must be one of {', '.join(RECIPES)} or auto, got {recipe!r}")
-    if kv_cache not in ("float", "int8"):
-        raise ArgumentError(f"kv_cache must be float or int8, got {kv_cache!r}")
+    asked = Options(
+        recipe, kv_cache, group_size, symmetric, rotate, set(keep_float), prune, distill, work, _tidy(progress)
+    )  # fmt: skip
+    asked.check()
     if budget is not None and not 0 < budget < 1:
         raise ArgumentError(f"budget must lie between 0 and 1 (0.01 is one per cent), got {budget}")
-    if distill < 0 or (distill and prune is None):
-        raise ArgumentError(
-            f"distill must be a number of steps that follow pruning, got {distill}; give prune too"
-        )
     if recipe == "auto" and budget is None:
         raise ArgumentError("recipe auto needs a budget, such as 0.01")
     if objective not in OBJECTIVES:
         raise ArgumentError(f"objective must be {' or '.join(OBJECTIVES)}, got {objective!r}")
-    if symmetric and recipe != "int4":
-        raise ArgumentError(f"symmetric must be False for recipe {recipe}: only int4 has zero points")
-    if prune is not None and recipe == "auto":
-        raise ArgumentError("prune must be None for recipe auto: prune with a recipe that is named")
-    if rotate and recipe == "auto":
-        raise ArgumentError(
-            "rotate must be False for recipe auto: name the recipe to be tried with and without"
-        )
-    _check_group_size(group_size)
     if resolve_device(device).type != "cpu":
         raise UnsupportedError("device must be cpu: plans are measured on the CPU, and run on any device")
     began = time.monotonic()
     imported, fused, held, report = _prepare(model, recipe, data, seed, options)
-    need = preflight.predict(fused, imported.kind, recipe, held, group_size, time_it=False)
+    need = preflight.predict(
+        fused,
+        imported.kind,
+        recipe,
+        held,
+        group_size,
+        time_it=False,
+        prune=prune is not None,
+        distill=distill,
+    )
     preflight.refuse_without_memory(need.peak, need.available)
-    progress = _tidy(progress)
     if recipe == "auto" and imported.kind in KINDS and budget is not None:
         if not held.held_out:
             raise ArgumentError("data must be given: recipe auto chooses by what it measures")
         plan = Search(
             imported.kind, fused, held, budget, objective, set(keep_float),
             lambda graph, decisions: _finish(imported, fused, held, graph, decisions, recipe, kv_cache),
-            lambda plan: _certify(plan, fused, held), progress, work,
+            lambda plan: _certify(plan, fused, held), asked.progress, work,
         ).run()  # fmt: skip
     else:
-        only = "fp32" if recipe == "auto" else recipe  # nothing says what another kind of model loses
-        start = fused if prune is None else _pruned(fused, held, prune, distill, progress)
+        # Nothing says what another kind of model loses.
+        asked = replace(asked, recipe="fp32") if recipe == "auto" else asked
+        start = fused if prune is None else _pruned(fused, held, prune, distill, asked.progress)
         turned = rotation.turned(imported.kind, start, seed) if rotate else None
-        plan = _compress(
-            imported,
-            fused,
-            start,
-            held,
-            only,
-            kv_cache,
-            group_size,
-            set(keep_float),
-            progress,
-            work,
-            symmetric,
-        )
-        if turned is not None and only not in ("fp32", "native"):
+        plan = _compress(imported, fused, start, held, asked)
+        if turned is not None and recipe not in ("fp32", "native"):
             graph, names = turned
-            other = _compress(
-                imported, fused, graph, held, only, kv_cache, group_size, {*keep_float, *names}, progress, work,
-                symmetric,
-            )  # fmt: skip
-            plan = rotation.better(plan, other)
+            kept = replace(asked, keep_float={*keep_float, *names})
+            plan = rotation.better(plan, _compress(imported, fused, graph, held, kept))
     plan.record |= {"seconds": round(time.monotonic() - began, 2), "passes": str(report)}
     if budget is not None and plan.certificate["loss"] is not None and plan.certificate["loss"] > budget:
         raise UnsupportedError(
@@ -191,26 +201,34 @@ def predict(
     recipe: str = "int8",
     data: Any = None,
     group_size: int | None = None,
+    symmetric: bool = False,
+    rotate: bool = False,
+    keep_float: Sequence[str] = (),
     seed: int = 0,
+    prune: float | None = None,
+    distill: int = 0,
     **options: Any,
 ) -> preflight.Prediction:
     """What :func:`compress` with these arguments would make and need, without doing it.
 
     The model is imported and runs once. Bytes of the weights are exact, or a range where measurements have a say
-    (which layers of a CNN stay in float; all of "auto"); seconds and memory are estimates.
+    (which layers of a CNN stay in float or at 8 bits, which channels are cut, all of "auto"); seconds and memory are
+    estimates.
 
     Raises as :func:`compress` does.
     """
-    if recipe not in (*RECIPES, "auto"):
-        raise ArgumentError(f"recipe must be one of {', '.join(RECIPES)} or auto, got {recipe!r}")
-    _check_group_size(group_size)
+    Options(recipe, "float", group_size, symmetric, rotate, set(keep_float), prune, distill).check()
     imported, fused, held, _ = _prepare(model, recipe, data, seed, options)
-    return preflight.predict(fused, imported.kind, recipe, held, group_size)
-
-
-def _check_group_size(size: int | None) -> None:
-    if size is not None and (size < 0 or size % 32):
-        raise ArgumentError(f"group_size must be a multiple of 32, got {size}")
+    starts = [fused] if prune is None else cut_extremes(fused, held.calibration, prune)
+    variants = [(graph, set(keep_float)) for graph in starts]
+    if rotate:
+        for graph in starts:
+            other, names = rotation.turned(imported.kind, graph, seed)
+            variants.append((other, {*keep_float, *names}))
+    return preflight.predict(
+        fused, imported.kind, recipe, held, group_size, symmetric=symmetric, variants=variants,
+        prune=prune is not None, distill=distill, rotate=rotate,
+    )  # fmt: skip
 
 
 def _prepare(
@@ -234,107 +252,6 @@ def _tidy(progress: Progress | None) -> Progress:
     return tick
 
 
-class Data:
-    """Calibration batches and held-out batches, never the same rows; in the form that the graph takes.
-
-    search: set as many batches apart once more, to choose by (``selection``).
-    """
-
-    def __init__(self, model: Model, graph: Graph, data: Any, seed: int, search: bool = False):
-        self.model, self.seed, self.search = model, seed, search
-        self.selection: list[tuple[Tensor, ...]] = []
-        self.warnings: list[str] = list(model.warnings)
-        self.begin: int | None = None  #: the token that a decoder's texts begin with in use
-        build = {"decoder": self._decoder, "encoder": self._encoder, "image": self._image}.get(model.kind)
-        self.calibration: list[tuple[Tensor, ...]] = []
-        self.synthetic: list[tuple[Tensor, ...]] = []  #: rounded for as well, see synthetic.py
-        self.held_out: list[tuple[Tensor, ...]] = []
-        self.hash: str | None = None
-        self.pruning: dict[str, Any] | None = None  #: what was cut
-        self.measured = MEASURED_BATCHES  #: batches
-        self.sampled = 2  #: rows of the certificate's sample
-        self.about: dict[str, Any] = {}  #: what a recipe tried, for the record
-        if build is not None:
-            build(graph, data)
-        elif data is not None:
-            batches = [data] if isinstance(data, tuple) else list(data)
-            self.calibration, self.held_out = batches[:-1] or batches, batches[-1:]
-
-    def _texts(self, data: Any) -> list[str]:
-        if data is None:
-            self.warnings.append("calibrated on bundled passages: give data like what the model will see")
-            data = PASSAGES
-        texts = read_texts(data)
-        self.hash = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-        return texts
-
-    def _decoder(self, graph: Graph, data: Any) -> None:
-        tokenizer = plain_tokenizer(self.model.assets)
-        text = "\n\n".join(self._texts(data))
-        bos = self.model.config.get("bos_token_id")
-        config = self.model.config
-        length = min(WINDOW, config.get("context") or config.get("max_position_embeddings") or WINDOW)
-        most = SEARCH_WINDOWS if self.search else HELD_OUT_WINDOWS
-        windows = token_windows(text, tokenizer, bos, length, CALIBRATION_WINDOWS + (1 + self.search) * most)
-        self.begin = hygiene.begin_token(tokenizer, bos)
-        if self.search:
-            windows = [windows[i] for i in self._order(len(windows))]
-        keep = min(max(1, len(windows) // 5), most)
-        self._split([decoder_inputs(graph, w) for w in windows], keep)
-
-    def _encoder(self, graph: Graph, data: Any) -> None:
-        tokenizer = plain_tokenizer(self.model.assets)
-        texts = sentences(self._texts(data), SEARCH_SENTENCES if self.search else SENTENCES)
-        texts = [texts[i] for i in self._order(len(texts))]
-        keep = max(1, len(texts) // 5)
-        length = min(int(self.model.config.get("max_position_embeddings", 512)), 256)
-        first = 2 * keep if self.search else keep
-        # Texts of like length side by side: padding is computed, too.
-        rows = sorted((tokenizer.encode(t).ids[:length] for t in texts[first:] or texts), key=len)
-        self.calibration = [*row_batches(rows, 16)]
-        drawn = random_texts(tokenizer, [len(row) for row in rows], self.seed)
-        self.synthetic = [*row_batches(sorted((row[:length] for row in drawn), key=len), 16)]
-        self.selection = [*text_batches(texts[keep:first], tokenizer, length, 16)]
-        self.held_out = [*text_batches(texts[:keep], tokenizer, length, 16)]
-
-    def _image(self, graph: Graph, data: Any) -> None:
-        if data is None:
-            return
-        if isinstance(data, str | Path):
-            from narrowcast.runtime.tasks import load_folder
-
-            data = load_folder(Path(data), self.model.config)
-        if not isinstance(data, Tensor) or data.dim() != 4:
-            raise ArgumentError("data must be a tensor [N, 3, H, W] or a folder of pictures")
-        if data.shape[0] < 2:
-            raise ArgumentError("data must hold at least 2 pictures: some are held out")
-        self.hash = hashlib.sha256(data.contiguous().view(torch.uint8).numpy().data).hexdigest()
-        data = data[torch.tensor(self._order(data.shape[0]))]
-        # Ranges need few pictures, and an agreement near 1 needs many.
-        keep, fixed = max(1, data.shape[0] // (3 if self.search else 5)), fixed_batch(graph)
-        first = 2 * keep if self.search else keep
-        calibration = data[first:] if first < data.shape[0] else data
-        self.calibration = picture_batches(calibration, fixed or CALIBRATED_TOGETHER, fixed)
-        if self.search:
-            self.selection = picture_batches(data[keep:first], fixed or PICTURES, fixed)
-        self.held_out = picture_batches(data[:keep], fixed or PICTURES, fixed)
-        self.measured = -(-MEASURED_BATCHES * PICTURES // (fixed or PICTURES))
-        self.sampled = fixed or self.sampled
-
-    def _order(self, count: int) -> list[int]:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
-
-    def _split(self, batches: list[tuple[Tensor, ...]], keep: int) -> None:
-        """The last ``keep`` are held out, before them as many to choose by; what is left is for calibration."""
-        first = len(batches) - keep * (1 + self.search)
-        self.calibration = batches[: max(first, 0)] or batches
-        self.selection, self.held_out = batches[max(first, 0) : -keep], batches[-keep:]
-
-    def valid(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
-        """Rows of an encoder's batch that are not padding."""
-        return inputs[1].bool() if self.model.kind == "encoder" else None
-
-
 def _pruned(fused: Graph, data: Data, share: float, steps: int, progress: Progress | None) -> Graph:
     graph = fused.clone()
     data.pruning = prune_graph(graph, data.calibration, share, progress=progress)
@@ -344,19 +261,16 @@ def _pruned(fused: Graph, data: Data, share: float, steps: int, progress: Progre
     return graph
 
 
-def _compress(
-    model: Model, fused: Graph, start: Graph, data: Data, recipe: str, kv_cache: str, group_size: int | None,
-    keep_float: set[str], progress: Progress | None, work: str | Path | None, symmetric: bool,
-) -> Plan:  # fmt: skip
+def _compress(model: Model, fused: Graph, start: Graph, data: Data, options: Options) -> Plan:
     graph = start.clone()
-    decisions = _apply(graph, model, data, recipe, group_size, keep_float, progress, work, symmetric)
-    unknown = keep_float - {d.name for d in decisions}
+    decisions = _apply(graph, model, data, options)
+    unknown = options.keep_float - {d.name for d in decisions}
     if unknown:
         names = ", ".join(sorted(d.name for d in decisions)[:8])
         raise ArgumentError(
             f"keep_float must name layers; there is no {sorted(unknown)[0]!r} (there are {names} ...)"
         )
-    plan = _finish(model, fused, data, graph, decisions, recipe, kv_cache)
+    plan = _finish(model, fused, data, graph, decisions, options.recipe, options.kv_cache)
     _certify(plan, fused, data)
     return plan
 
@@ -415,10 +329,8 @@ def _refuse_damaged(graph: Graph) -> None:
             raise ArgumentError(f"weight {name} holds infinities: the model is damaged")
 
 
-def _apply(
-    graph: Graph, model: Model, data: Data, recipe: str, group_size: int | None, keep_float: set[str],
-    progress: Progress | None, work: str | Path | None, symmetric: bool,
-) -> list[Decision]:  # fmt: skip
+def _apply(graph: Graph, model: Model, data: Data, options: Options) -> list[Decision]:
+    recipe, group_size, keep_float = options.recipe, options.group_size, options.keep_float
     if recipe == "fp32":
         return []
     if recipe == "native" and not graph.native:
@@ -429,7 +341,9 @@ def _apply(
     if model.kind == "image" and recipe in ("int8", "int4"):
         if not data.calibration:
             raise ArgumentError("data must be given: static activation ranges of a CNN need pictures")
-        decisions, data.about = quantize_cnn(graph, data.calibration, keep_float, progress, int(recipe[3:]))
+        decisions, data.about = quantize_cnn(
+            graph, data.calibration, keep_float, options.progress, int(recipe[3:])
+        )
     elif model.kind in ("image", "generic") and recipe not in ("int8", "native"):
         others = "int8, int4 or fp32" if model.kind == "image" else "int8 or fp32"
         raise UnsupportedError(f"recipe {recipe} is for language models and encoders; use {others}")
@@ -437,11 +351,11 @@ def _apply(
         decisions = []
     size = group_size or 32
     if recipe == "int4" and model.kind != "image" and data.calibration:
-        return _int4(graph, data, size, keep_float, progress, work, symmetric)
+        return _int4(graph, data, size, options)
     layers = list(graph.calls(ops.linear.default))
     needs_data = recipe != "native" and layers and data.calibration
     few = data.calibration[:STATISTICS_WINDOWS] if model.kind == "decoder" else data.calibration
-    statistics = collect(graph, layers, few, data.valid, progress) if needs_data else {}
+    statistics = collect(graph, layers, few, data.valid, options.progress) if needs_data else {}
     if recipe == "int8" or (recipe == "int4" and model.kind == "image"):
         encoder = model.kind == "encoder"
         group = (32 if encoder else 64) if group_size is None or recipe == "int4" else group_size
@@ -453,7 +367,7 @@ def _apply(
         if encoder and data.calibration:
             rounded = round_in_sequence(
                 graph, int8_targets(graph, group, keep_float), data.calibration + data.synthetic, data.valid,
-                progress,
+                options.progress,
             )  # fmt: skip
         return decisions + quantize_int8(graph, statistics, group, keep_float, alphas, rounded)
     bits = 8 if recipe == "int8-weight" else 4
@@ -467,25 +381,23 @@ def _apply(
         activation_bits,
         keep_float,
         native=recipe == "native",
-        symmetric=symmetric,
+        symmetric=options.symmetric,
     )
 
 
-def _int4(
-    graph: Graph, data: Data, group_size: int, keep_float: set[str], progress: Progress | None,
-    work: str | Path | None, symmetric: bool,
-) -> list[Decision]:  # fmt: skip
+def _int4(graph: Graph, data: Data, group_size: int, options: Options) -> list[Decision]:
+    keep_float, symmetric = options.keep_float, options.symmetric
     targets = int4_targets(graph, group_size, INT4_ACTIVATION_BITS, keep_float, symmetric)
     folder = None
-    if work is not None:
+    if options.work is not None:
         about = {
             "version": __version__, "weights": fingerprint(graph.weights), "data": data.hash,
             "seed": data.seed, "batches": len(data.calibration), "group_size": group_size,
             "symmetric": symmetric, "layers": [t.name for t in targets.values()],
         }  # fmt: skip
-        folder = WorkFolder(work, about)
+        folder = WorkFolder(options.work, about)
     rounded = round_in_sequence(
-        graph, targets, data.calibration + data.synthetic, data.valid, progress, folder
+        graph, targets, data.calibration + data.synthetic, data.valid, options.progress, folder
     )
     decisions = quantize_grouped(
         graph, {}, 4, group_size, INT4_ACTIVATION_BITS, keep_float, symmetric=symmetric, rounded=rounded

@@ -16,7 +16,7 @@ from narrowcast.graph.passes.match import Layer, argument, calls
 
 from .adaround import RoundedConv
 from .equalize import equalize
-from .ranges import Edge, Quantiser, Ranges, choose_method, observe_edges, output_error, refine_edges
+from .ranges import Quantiser, Ranges, choose_method, observe_edges, output_error, refine_edges
 from .round_convs import round_convs
 from .simulation import Simulation, float_outputs
 from .transformer import Decision, layer_name
@@ -187,22 +187,44 @@ def quantize_cnn(
 
 
 def quantize_chosen(
-    graph: Graph, batches: Batches, edges: Mapping[fx.Node, Edge], keep_float: Collection[str]
+    graph: Graph, batches: Batches, ranges: Ranges, bits: Mapping[str, int]
 ) -> list[Decision]:
-    """The same where it is settled which layers stay in float; ranges of the least squared error. In place.
+    """The same where it is settled which layers have how many bits, by their names; others stay in float. In place.
 
-    edges: what :func:`observe_edges` saw in this graph.
+    ranges: of the edges of this graph. Without AdaRound: a search makes many plans.
     """
     convolutions = list(graph.calls(ops.conv2d.default))
-    in_float = {node for node in convolutions if layer_name(Layer(node)) in keep_float}
-    ranges = {node: edge.quantiser() for node, edge in edges.items()}
-    bits_of = {node: 8 for node in convolutions if node not in in_float}
-    rounded = round_convs(graph, list(batches), ranges, bits_of, in_float, lambda node: False, None)
+    bits_of = {n: bits[name] for n in convolutions if (name := layer_name(Layer(n))) in bits}
+    in_float = {node for node in convolutions if node not in bits_of}
+    rounded = round_convs(graph, list(batches), ranges, bits_of, in_float)
     rewrite(graph, rounded, ranges)
     return [
-        Decision(c.name, "conv2d_int8", "int8", sqnr_db=c.sqnr_db, why=f"rounded by {c.rule}", notes=c.notes)
+        Decision(
+            c.name,
+            "conv2d_int8",
+            f"int{c.bits}",
+            sqnr_db=c.sqnr_db,
+            why=f"rounded by {c.rule}",
+            notes=c.notes,
+        )
         for c in rounded.values()
     ]
+
+
+def searched_ranges(graph: Graph, batches: Batches, progress: Progress = None) -> Ranges:
+    """Of the rule with the least output error when every convolution is int8."""
+    edges, searched = observe_edges(graph, batches, progress), some(batches, SEARCHED)
+    weights = {}
+    for node in graph.calls(ops.conv2d.default):
+        layer = Layer(node)
+        bias = None if layer["bias"] is None else graph.weight(layer["bias"])
+        weights[node] = (nearest_rows(graph.weight(layer["weight"]), 8), bias)
+    reference = float_outputs(graph, searched)
+
+    def simulated(ranges: Ranges) -> float:
+        return output_error(reference, Simulation(graph, searched, ranges, weights).outputs())
+
+    return choose_method(edges, simulated)[0]
 
 
 def _int8(graph: Graph, rounded: Mapping[fx.Node, RoundedConv], ranges: Ranges) -> Graph:

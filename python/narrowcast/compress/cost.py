@@ -146,11 +146,11 @@ def _alone(known: Known, item: Item) -> tuple[Known, Tensor, Tensor | None]:
         generator = torch.Generator().manual_seed(0)
         edge.add(x, generator)
         out.add(graph.run(*(t for t in (x, residual) if t is not None))[0], generator)
-    edges = {of[layer["x"]]: edge, node: out}
+    ranges = {of[layer["x"]]: edge.quantiser(), node: out.quantiser()} if not dense else {}
     if layer["residual"] is not None and not dense:
-        edges[of[layer["residual"]]] = out
+        ranges[of[layer["residual"]]] = out.quantiser()
     images = [] if dense else [tuple(t for t in (x, residual) if t is not None)]
-    made = Known(graph, {node: Statistics()}, {} if dense else edges, images)
+    made = Known(graph, {node: Statistics()}, ranges, images)
     if dense:  # codes that are quick to make: the time does not depend on them
         n, k = weights[item.weight].shape
         made.rounded[item.name] = _zeros(n, k)

@@ -1,28 +1,26 @@
 """The forms that a layer may take in a plan, for the search: what each stores, loses and does to the graph.
 
 :data:`FORMS` is the list. A form is added by a class with four answers (``fits``, ``weight_bytes``, ``stand_in``,
-``apply``) and a line there; the search, its costs and its record know forms only through these.
+``apply``) and a line there; the search, its costs and its record know forms only through these. Those of
+convolutions are in :mod:`.conv_forms`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from narrowcast.formats import GroupedWeight, Int8Weight
 from narrowcast.graph import Graph
 from narrowcast.graph.passes.match import Layer
 
 from . import embedding
-from .calibrate import Statistics
-from .cnn import quantize_chosen
-from .gptq import INT4, Rounded, round_weight
-from .ranges import Edge
+from .conv_forms import MOST_UNPACKED, ConvInt8, Unpacked
+from .gptq import INT4, round_weight
+from .items import Draft, Form, Item, Known, items_of, only
 from .transformer import (
     Decision,
     activation_group,
@@ -34,122 +32,22 @@ from .transformer import (
 )
 from .weights import int8_rows, sqnr_db
 
+__all__ = [
+    "FORMS",
+    "ConvInt8",
+    "Draft",
+    "Form",
+    "Grouped",
+    "Int8",
+    "Item",
+    "Known",
+    "Native",
+    "Table",
+    "items_of",
+]
+
 aten = torch.ops.aten
 ops = torch.ops.narrowcast
-
-#: Smaller weights are not worth a form of their own.
-LEAST_ELEMENTS = 1 << 12
-#: Float32 bytes of a weight up to which an executor unpacks it once, when it prepares a program. Up to twice that
-#: a cast in every run is worth the bytes.
-MOST_UNPACKED = 4 << 20
-
-
-@dataclass
-class Item:
-    """A layer to choose a form for. kind: "dense", "conv", "table", or "tied" (a dense layer over a table)."""
-
-    name: str
-    kind: str
-    weight: str  #: its name in ``graph.weights``
-    nodes: list[fx.Node]  #: of the float graph; several where layers share the weight
-    forms: list[Form] = field(default_factory=list)  #: that fit, float32 first
-
-
-def items_of(graph: Graph, forms: Sequence[Form], least: int = LEAST_ELEMENTS) -> list[Item]:
-    """Every layer of a float graph with the forms that fit it; layers with float32 alone, and dense layers and
-    tables of fewer than ``least`` weights, are left out."""
-    tables = {
-        n.args[0].target: n
-        for n in graph.calls(aten.embedding.default)
-        if graph.weight(n.args[0]) is not None
-    }
-    found: dict[str, Item] = {}
-    for node in graph.calls(ops.linear.default, ops.conv2d.default):
-        layer = Layer(node)
-        key = layer["weight"].target if graph.weight(layer["weight"]) is not None else None
-        if key is None or (graph.weights[key].numel() < least and node.target is ops.linear.default):
-            continue
-        kind = "conv" if node.target is ops.conv2d.default else "tied" if key in tables else "dense"
-        found.setdefault(key, Item(layer_name(layer), kind, key, [])).nodes.append(node)
-    for key, node in tables.items():
-        if key not in found and graph.weights[key].numel() >= least:
-            found[key] = Item(key.removesuffix(".weight"), "table", key, [node])
-    for item in found.values():
-        item.forms = [form for form in forms if form.fits(graph, item)]
-    return [item for item in found.values() if len(item.forms) > 1]
-
-
-@dataclass
-class Known:
-    """What forms are made from: the float graph, what its layers see, and what has been rounded already."""
-
-    graph: Graph
-    statistics: dict[fx.Node, Statistics]
-    edges: dict[fx.Node, Edge]
-    images: Sequence[tuple[Tensor, ...]]  #: calibration batches of an image model
-    rounded: dict[str, Rounded] = field(default_factory=dict)  #: int4 weights, by the name of the layer
-    tables: dict[tuple[str, str], Any] = field(default_factory=dict)  #: (table, form) -> quantised, made once
-
-    def square(self, item: Item) -> Tensor | None:
-        found = self.statistics.get(item.nodes[0])
-        return found.square if found is not None and found.rows else None
-
-
-@dataclass
-class Draft:
-    """A copy of the float graph on its way to a plan. ``others``: layers that a form must leave alone."""
-
-    graph: Graph
-    of: dict[fx.Node, fx.Node]  #: node of the float graph -> its copy
-    known: Known
-
-    @classmethod
-    def begin(cls, known: Known) -> Draft:
-        graph = known.graph.clone()
-        return cls(graph, dict(zip(known.graph.fx.nodes, graph.fx.nodes)), known)
-
-    @property
-    def statistics(self) -> dict[fx.Node, Statistics]:
-        """Of the layers that are float still, as copies: smoothing rewrites what it reads."""
-        kept, present = {}, set(self.graph.fx.nodes)
-        for node, s in self.known.statistics.items():
-            if self.of[node] in present:
-                kept[self.of[node]] = Statistics(s.rows, s.amax, s.square, s.mean, s.sample, s.not_finite)
-        return kept
-
-    def others(self, items: Sequence[Item]) -> set[str]:
-        chosen = {item.name for item in items}
-        layers = [layer_name(Layer(n)) for n in self.graph.calls(ops.linear.default, ops.conv2d.default)]
-        tables = [n.args[0].target.removesuffix(".weight") for n in embedding.large_tables(self.graph)]
-        return {name for name in [*layers, *tables] if name not in chosen}
-
-
-def _only(decisions: list[Decision], items: Sequence[Item]) -> list[Decision]:
-    names = {item.name for item in items}
-    return [d for d in decisions if d.name in names]
-
-
-class Form:
-    """One form: float32 itself, which changes nothing."""
-
-    name = "float32"
-    exact = True  #: it computes what float32 computes, but for the last bits
-    finish = 0  #: forms are applied in this order
-
-    def fits(self, graph: Graph, item: Item) -> bool:
-        return True
-
-    def weight_bytes(self, graph: Graph, item: Item) -> int:
-        """Exact bytes of the weight with its scales in a plan."""
-        return graph.weights[item.weight].nbytes
-
-    def stand_in(self, known: Known, item: Item) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """The weight in float as this form multiplies it, and what the form does to the layer's inputs."""
-        return known.graph.weights[item.weight], None
-
-    def apply(self, draft: Draft, items: Sequence[Item]) -> list[Decision]:
-        """Rewrites these layers of ``draft.graph``, and no others."""
-        return []
 
 
 class Half(Form):
@@ -193,42 +91,8 @@ def _in_half(weight: Tensor) -> bool:
     return weight.abs().max().item() < 65504
 
 
-class Unpacked(Form):
-    """int8 rows in the plan; a convolution in float32 when it runs."""
-
-    name, exact, finish = "int8-weight", False, 9
-
-    def fits(self, graph: Graph, item: Item) -> bool:
-        return item.kind == "conv" and graph.weights[item.weight].numel() * 4 <= MOST_UNPACKED
-
-    def weight_bytes(self, graph: Graph, item: Item) -> int:
-        weight = graph.weights[item.weight]
-        return weight.numel() + 4 * weight.shape[0]
-
-    def stand_in(self, known: Known, item: Item) -> tuple[Tensor, None]:
-        weight = known.graph.weights[item.weight]
-        return int8_rows(weight).dequantize().reshape(weight.shape), None
-
-    def apply(self, draft: Draft, items: Sequence[Item]) -> list[Decision]:
-        decisions = []
-        graph = draft.graph
-        for item in items:
-            node = draft.of[item.nodes[0]]
-            weight = graph.weights[item.weight]
-            quantised = int8_rows(weight)
-            attribute = Layer(node)["weight"]
-            shape = [-1] + [1] * (weight.dim() - 1)
-            q = graph.add_weight(f"{item.name}.q", quantised.q.reshape(weight.shape), before=attribute)
-            scale = graph.add_weight(f"{item.name}.scale", quantised.scale.reshape(shape), before=attribute)
-            values = graph.add_call(aten.to.dtype, (q, torch.float32), like=attribute)
-            graph.replace(attribute, graph.add_call(aten.mul.Tensor, (values, scale), like=attribute))
-            error = sqnr_db(weight.float(), quantised.dequantize().reshape(weight.shape))
-            decisions.append(Decision(item.name, "conv2d", "int8", sqnr_db=error, why="float32 when it runs"))
-        return decisions
-
-
 class Int8(Form):
-    """W8A8: int8 per channel, inputs to int8 per group of 64 (transformers) or by a static range (images)."""
+    """W8A8: int8 per channel, inputs to int8 per group of 64."""
 
     name, exact, finish = "int8", False, 3
 
@@ -248,27 +112,7 @@ class Int8(Form):
         found, others = draft.statistics, draft.others(items)
         ours = {n: s for n, s in found.items() if layer_name(Layer(n)) not in others}
         alphas = smooth(draft.graph, ours, 64)
-        return _only(quantize_int8(draft.graph, ours, 64, others, alphas), items)
-
-
-class ConvInt8(Int8):
-    """conv2d_int8 with int8 edges; its bias takes what rounding does to a channel's mean."""
-
-    finish = 4
-
-    def fits(self, graph: Graph, item: Item) -> bool:
-        return item.kind == "conv"
-
-    def stand_in(self, known: Known, item: Item) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        weight = known.graph.weights[item.weight]
-        scale, zero = known.edges[Layer(item.nodes[0])["x"]].quantiser()
-        restored = int8_rows(weight).dequantize().reshape(weight.shape)
-        return restored, lambda x: (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
-
-    def apply(self, draft: Draft, items: Sequence[Item]) -> list[Decision]:
-        edges = {draft.of[node]: edge for node, edge in draft.known.edges.items()}
-        made = quantize_chosen(draft.graph, draft.known.images, edges, draft.others(items))
-        return _only(made, items)
+        return only(quantize_int8(draft.graph, ours, 64, others, alphas), items)
 
 
 class Grouped(Form):
@@ -276,8 +120,9 @@ class Grouped(Form):
 
     exact = False
 
-    def __init__(self, name: str, bits: int, group_size: int, activation_bits: int):
+    def __init__(self, name: str, bits: int, group_size: int, activation_bits: int, symmetric: bool = False):
         self.name, self.bits, self.group_size, self.activation_bits = name, bits, group_size, activation_bits
+        self.symmetric = symmetric
         self.finish = 1 if bits == 4 else 2
 
     def fits(self, graph: Graph, item: Item) -> bool:
@@ -288,13 +133,16 @@ class Grouped(Form):
     def weight_bytes(self, graph: Graph, item: Item) -> int:
         n, k = graph.weights[item.weight].shape
         scales = n * (k // fitting_group(k, self.group_size)) * 2
-        return n * k * self.bits // 8 + (2 * scales if self.bits == 4 else scales)
+        return n * k * self.bits // 8 + (2 * scales if self.bits == 4 and not self.symmetric else scales)
 
     def stand_in(self, known: Known, item: Item) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         weight = known.graph.weights[item.weight]
         size = fitting_group(weight.shape[1], self.group_size)
-        # To the nearest code: GPTQ, which comes later, loses less, and ranks layers much the same.
-        if self.bits == 4:
+        # To the nearest code: GPTQ, which comes later, loses less, and ranks layers much the same. A classifier,
+        # which stands beside convolutions, is rounded before.
+        if self.bits == 4 and item.name in known.rounded:
+            quantised = known.rounded[item.name].dequantize()
+        elif self.bits == 4:
             quantised = round_weight(weight, None, INT4, size).dequantize()
         else:
             quantised = _nearest_int8(weight, size)
@@ -309,9 +157,9 @@ class Grouped(Form):
                     rounded[draft.of[node]] = draft.known.rounded[item.name]
         decisions = quantize_grouped(
             draft.graph, draft.statistics, self.bits, self.group_size, self.activation_bits,
-            draft.others(items), rounded=rounded,
+            draft.others(items), symmetric=self.symmetric, rounded=rounded,
         )  # fmt: skip
-        return _only(decisions, items)
+        return only(decisions, items)
 
 
 class Native(Form):
@@ -336,7 +184,7 @@ class Native(Form):
 
     def apply(self, draft: Draft, items: Sequence[Item]) -> list[Decision]:
         decisions = quantize_grouped(draft.graph, {}, 4, 32, 16, draft.others(items), native=True)
-        return _only(decisions, items)
+        return only(decisions, items)
 
 
 class Table(Form):
@@ -411,9 +259,12 @@ def _nearest_int8(weight: Tensor, group_size: int) -> Tensor:
 FORMS: list[Form] = [
     Form(),
     Half(),
-    Unpacked(),
+    Unpacked("int8-weight", 8, 0),
+    Unpacked("int8-groups", 8, 32),
+    Unpacked("int4-weight", 4, 32),
     Int8(),
-    ConvInt8(),
+    ConvInt8("int8", 8),
+    ConvInt8("int4", 4),
     Grouped("int8-weight", 8, 32, 16),
     Grouped("int4", 4, 32, 8),
     Native(),

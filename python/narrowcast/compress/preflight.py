@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,17 @@ from narrowcast.graph.ir import last_uses
 from narrowcast.graph.passes.match import Layer
 
 from . import embedding
+from .adaround import NUMBERS
 from .calibrate import SAMPLE_ROWS
-from .cnn import FLOAT_BUDGET
+from .cnn import (
+    EIGHT_BIT_SHARE,
+    FLOAT_BUDGET,
+    can_have_4_bits,
+)
 from .forms import FORMS, ConvInt8, Form, Grouped, Int8, Item, Native, Table, items_of
-from .gptq import INT4, round_weight
+from .preflight_seconds import pruning_seconds, seconds_of
+from .search import STATISTICS_BATCHES
+from .transformer import layer_name
 
 aten = torch.ops.aten
 ops = torch.ops.narrowcast
@@ -34,8 +41,6 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 SLACK = 0.05
 #: Bytes that the steps of an executor keep per element of a dense layer's input, int8 codes or 16-bit ones (the default).
 SCRATCH = {"fp32": 0.0, "int8": 1.25, "int4": 1.25}
-#: Plans that a search makes and measures, as a rule.
-PLANS = 5
 
 
 @dataclass
@@ -58,25 +63,37 @@ class Prediction:
 # --- bytes ----------------------------------------------------------------------------------------
 
 
-def bytes_of(graph: Graph, kind: str, recipe: str, group_size: int | None) -> tuple[int, int]:
+def bytes_of(
+    graph: Graph, kind: str, recipe: str, group_size: int | None, symmetric: bool = False,
+    keep_float: Collection[str] = (),
+) -> tuple[int, int]:  # fmt: skip
     """Bytes of the weights of the plan that a recipe makes of a float graph: least and most."""
     graph = graph.clone()
     if recipe == "fp32":
         return (graph.weight_bytes,) * 2
     if recipe == "auto":
-        items = items_of(graph, FORMS)
+        items = [item for item in items_of(graph, FORMS) if item.name not in keep_float]
         saved = [
             min(f.weight_bytes(graph, i) for f in i.forms) - FORMS[0].weight_bytes(graph, i) for i in items
         ]
         return graph.weight_bytes + sum(saved), graph.weight_bytes
     least = most = graph.weight_bytes
-    for item, form in _forms(graph, recipe, group_size or 32):
+    for item, form in _forms(graph, kind, recipe, group_size or 32, symmetric):
+        if item.name in keep_float:
+            continue
         change = form.weight_bytes(graph, item) - graph.weights[item.weight].nbytes
-        if isinstance(form, ConvInt8) and Layer(item.nodes[0])["bias"] is None:
-            change += 4 * graph.weights[item.weight].shape[0]
         least += change
         most += change
-    if kind == "image" and recipe == "int8":
+    if kind == "image" and recipe == "int4":
+        # The share of them that keeps 8 bits is chosen by what it loses; whole layers only.
+        narrow = [
+            graph.weights[Layer(n)["weight"].target].numel()
+            for n in graph.calls(ops.conv2d.default)
+            if can_have_4_bits(graph, n) and layer_name(Layer(n)) not in keep_float
+        ]
+        most += int(EIGHT_BIT_SHARE * sum(narrow)) // 2 + 4
+        least += 4 if len(narrow) > 1 else 0  # the scale of 1 that packed codes share
+    if kind == "image" and recipe in ("int8", "int4"):
         # Which layers stand out, and stay in float, is measured; and each float reader of an int8 edge takes a scale.
         convolutions = list(graph.calls(ops.conv2d.default))
         floats = sorted((graph.weights[Layer(n)["weight"].target].nbytes for n in convolutions), reverse=True)
@@ -84,9 +101,12 @@ def bytes_of(graph: Graph, kind: str, recipe: str, group_size: int | None) -> tu
     return least, most
 
 
-def _forms(graph: Graph, recipe: str, size: int) -> list[tuple[Item, Form]]:
+def _forms(graph: Graph, kind: str, recipe: str, size: int, symmetric: bool) -> list[tuple[Item, Form]]:
     """The form that a recipe gives to each layer it changes."""
-    native, grouped = Native(), Grouped(recipe, 4 if recipe == "int4" else 8, size, 16)
+    native, grouped = Native(), Grouped(recipe, 4 if recipe == "int4" else 8, size, 16, symmetric)
+    convolution = {"int8": ConvInt8("int8", 8), "int4": ConvInt8("int4", 4)}.get(recipe)
+    if kind == "image" and recipe == "int4":
+        recipe = "int8"  # of dense layers
     tables = {node.args[0].target for node in embedding.large_tables(graph)}
     found = []
     for item in items_of(graph, [Form(), *FORMS], least=0):
@@ -94,7 +114,9 @@ def _forms(graph: Graph, recipe: str, size: int) -> list[tuple[Item, Form]]:
         if item.kind == "table":
             form = _table(graph, item, recipe) if item.weight in tables else None
         elif item.kind == "conv":
-            form = ConvInt8() if recipe == "int8" else None
+            form = convolution
+            if form is not None and not form.fits(graph, item):
+                form = ConvInt8("int8", 8)
         elif recipe == "int8":
             form = Int8()
         elif recipe == "native":
@@ -150,20 +172,20 @@ def available() -> int:
     return resident() + max(room, 0)
 
 
-def live_bytes(graph: Graph, inputs: tuple[Tensor, ...], outputs: bool = True) -> int:
+def live_bytes(graph: Graph, inputs: tuple[Tensor, ...], outputs: bool = True, kept: bool = False) -> int:
     """The most bytes of intermediate results that are alive at once while ``graph.run`` evaluates these inputs.
 
-    Shapes only: nothing is computed. outputs: whether they count.
+    Shapes only: nothing is computed. outputs: whether they count. kept: every result lives to the end.
     """
     shapes = Graph(graph.fx, {name: w.to("meta") for name, w in graph.weights.items()})
     sizes: dict[int, int] = {}  # storage -> bytes
     of: dict[Any, list[int]] = {}
     weights = {w.untyped_storage()._cdata for w in shapes.weights.values()}
-    kept: list[Any] = []  # a storage that is freed could lend its number to the next
+    held: list[Any] = []  # a storage that is freed could lend its number to the next
 
     def observe(node: Any, args: tuple, kwargs: dict, result: Any) -> None:
         parts = result if isinstance(result, tuple | list) else [result]
-        kept.extend(parts)
+        held.extend(parts)
         tensors = [t for t in parts if isinstance(t, Tensor)]
         of[node] = [t.untyped_storage()._cdata for t in tensors]
         for t in tensors:
@@ -171,8 +193,10 @@ def live_bytes(graph: Graph, inputs: tuple[Tensor, ...], outputs: bool = True) -
                 sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
 
     given = [x.to("meta") for x in inputs]
-    kept.extend(given)
+    held.extend(given)
     shapes.run(*given, observe=observe)
+    if kept:
+        return sum(sizes.values())
     last, users, alive, most = last_uses(graph.fx), {}, set(), 0
     for numbers in of.values():
         for number in numbers:
@@ -213,10 +237,19 @@ def trial(graph: Graph, data: Any) -> Trial:
     return Trial(seconds, max(transient, most - base if most > before else 0), base)
 
 
-def added_bytes(graph: Graph, kind: str, recipe: str, data: Any, size: int, run: int) -> dict[str, int]:
+def added_bytes(
+    graph: Graph,
+    kind: str,
+    recipe: str,
+    data: Any,
+    size: int,
+    run: int,
+    prune: bool = False,
+    distill: bool = False,
+) -> dict[str, int]:
     """What each stage of a recipe holds beyond what is there after a trial run.
 
-    size: of the plan's weights. run: what a run of the float graph needs.
+    size: of the plan's weights. run: what a run of the float graph needs. prune, distill: whether they come first.
     """
     dense = [graph.weights[Layer(n)["weight"].target] for n in graph.calls(ops.linear.default)]
     largest = max((w.nbytes for w in graph.weights.values()), default=0)
@@ -225,7 +258,16 @@ def added_bytes(graph: Graph, kind: str, recipe: str, data: Any, size: int, run:
     stages = {"calibration": run + statistics if trying else 0}
     # Errors of a weight are summed in float64: two copies of that size beside the weight restored and its error.
     stages["quantising"] = statistics + size + (5 * largest if trying else 0)
-    if recipe in ("int4", "auto") and dense and data.calibration:
+    convolutions = kind == "image" and recipe in ("int8", "int4", "auto") and data.calibration
+    if convolutions or prune:
+        # Both graphs hold what all pictures make of a layer; the rows that a layer is fitted to come to that.
+        seen = data.calibration[: STATISTICS_BATCHES["image"] if recipe == "auto" else None]
+        alive = live_bytes(graph, data.calibration[0], outputs=False)
+        stages["rounding" if convolutions else "pruning"] = 2 * alive * len(seen) + run + size + 4 * NUMBERS
+    if distill and data.calibration:
+        every = live_bytes(graph, data.calibration[0], kept=True)
+        stages["distilling"] = 2 * every + 4 * graph.weight_bytes
+    if recipe in ("int4", "auto") and dense and data.calibration and kind != "image":
         alive = live_bytes(graph, data.calibration[0], outputs=False)
         deep = max(w.shape[1] for w in dense)
         stages["rounding"] = 2 * alive * len(data.calibration) + size // 2 + 5 * 8 * deep * deep
@@ -266,70 +308,32 @@ def _output_bytes(graph: Graph, inputs: tuple[Tensor, ...]) -> int:
     return sum(t.nbytes for t in shapes.run(*(x.to("meta") for x in inputs)) if isinstance(t, Tensor))
 
 
-# --- time -----------------------------------------------------------------------------------------
-
-
-def seconds_of(graph: Graph, kind: str, recipe: str, data: Any, bytes_plan: int, run: float) -> float:
-    """From rates measured here: ``run`` seconds for the float graph, GPTQ on one layer, a search of scales."""
-    if not data.calibration:
-        return 0.0
-    weights = [graph.weights[Layer(n)["weight"].target] for n in graph.calls(ops.linear.default)]
-    weights = [w for w in weights if w.dim() == 2 and w.shape[1] % 32 == 0]
-    few = min(len(data.calibration), 8) if kind == "decoder" else len(data.calibration)
-    total = (
-        0.6 * run * 2 * len(data.held_out) + bytes_plan / 4e8
-    )  # float and plan on the held-out part; packing
-    if recipe in ("int8", "int8-weight"):
-        total += run * few + _search_rate() * sum(w.numel() for w in graph.weights.values())
-    if recipe in ("int4", "auto") and weights:
-        per = _gptq_rate(weights)
-        total += 2 * run * len(data.calibration) + per * sum(w.shape[0] * w.shape[1] ** 2 for w in weights)
-    if (
-        recipe == "int8"
-    ):  # sensitivities of convolutions, each on eight pictures, half of the graph before it reused
-        total += (
-            run * sum(1 for _ in graph.calls(ops.conv2d.default)) * 8 / max(len(data.calibration[0][0]), 8)
-        )
-    if recipe == "auto":
-        total += run * few + PLANS * (0.6 * run * len(data.selection) + bytes_plan / 4e8)
-        forms = [len([f for f in item.forms if not f.exact]) for item in items_of(graph, FORMS)]
-        rows = 160 / 512 if kind == "decoder" else 1
-        total += sum(forms) * run * rows / 2
-    return total
-
-
-def _search_rate() -> float:
-    """Seconds per weight."""
-    from .weights import int8_rows
-
-    weight = torch.randn(256, 1024)
-    began = time.perf_counter()
-    int8_rows(weight)
-    return (time.perf_counter() - began) / weight.numel()
-
-
-def _gptq_rate(weights: Sequence[Tensor]) -> float:
-    """Seconds per N * K^2, measured on a layer of a middling depth."""
-    k = sorted(w.shape[1] for w in weights)[len(weights) // 2]
-    n = min(256, max(w.shape[0] for w in weights))
-    weight, x = torch.randn(n, k), torch.randn(2 * k, k)
-    hessian = x.t() @ x / (2 * k)
-    began = time.perf_counter()
-    round_weight(weight, hessian, INT4, 32)
-    return (time.perf_counter() - began) / (n * k * k)
+# --- together ------------------------------------------------------------------------------------
 
 
 def predict(
-    graph: Graph, kind: str, recipe: str, data: Any, group_size: int | None, time_it: bool = True
-) -> Prediction:
-    """For an imported model in memory; ``data``: what :class:`narrowcast.compress.api.Data` split."""
-    least, most = bytes_of(graph, kind, recipe, group_size)
+    graph: Graph, kind: str, recipe: str, data: Any, group_size: int | None, time_it: bool = True,
+    symmetric: bool = False, variants: Sequence[tuple[Graph, Collection[str]]] = (), prune: bool = False,
+    distill: int = 0, rotate: bool = False,
+) -> Prediction:  # fmt: skip
+    """For an imported model in memory; ``data``: what :class:`.calibration_data.Data` split.
+
+    variants: the graphs that the recipe may begin with, and their layers that stay in float; none: ``graph``.
+    """
+    variants = variants or [(graph, ())]
+    found = [bytes_of(g, kind, recipe, group_size, symmetric, kept) for g, kept in variants]
+    least, most = min(x for x, _ in found), max(x for _, x in found)
     first = trial(graph, data)
-    stages = added_bytes(
-        graph, kind, recipe, data, most if recipe != "auto" else (least + most) // 2, first.transient
-    )
+    size = most if recipe != "auto" else (least + most) // 2
+    stages = added_bytes(graph, kind, recipe, data, size, first.transient, prune, distill > 0)
     peak = max(first.base + max(stages.values()), most_resident())
-    seconds = seconds_of(graph, kind, recipe, data, most, first.seconds) if time_it else 0.0
+    seconds = 0.0
+    if time_it:
+        turns = 2 if rotate else 1
+        seconds = turns * seconds_of(graph, kind, recipe, data, most, first.seconds)
+        if prune:
+            seconds += pruning_seconds(graph, data, first.seconds)
+        seconds += 3 * distill * first.seconds
     notes = [f"most memory while {max(stages, key=stages.__getitem__)}"]
     if least != most:
         notes.append("what the layers need is measured by the work itself: the bytes are a range")

@@ -72,12 +72,9 @@ def prune_graph(
 
     Raises ArgumentError for a share outside (0, 1) or no data, UnsupportedError when so much cannot be cut.
     """
-    if not 0 < share < 1:
-        raise ArgumentError(f"prune must lie between 0 and 1 (0.5 is half of the multiply-adds), got {share}")
-    if not inputs:
-        raise ArgumentError("data must be given: pruning looks at what channels carry")
+    check(share, inputs)
     channels = Channels(graph)
-    found = [s for s in channels.spaces if s.producers and s.readers and not s.why and s.size > multiple]
+    found = cuttable(channels, multiple)
     cost = Cost(graph, channels, inputs[0])
     moments = _moments(graph, {node for s in found for node, _ in s.readers}, inputs)
     cuts = []
@@ -87,12 +84,12 @@ def prune_graph(
             progress("ordering channels", index + 1, len(found))
     _measure(graph, cuts, moments, inputs[:JUDGED_BATCHES], multiple, progress)
     before = cost.total(cuts)
-    _choose(cuts, cost, share)
+    choose(cuts, cost, share)
     after = cost.total(cuts)
     changed = [cut for cut in cuts if cut.kept < cut.space.size]
     _reconstruct(graph, changed, moments, inputs, progress)
     for cut in changed:
-        _apply(graph, channels, cut)
+        apply_cut(graph, channels, cut)
     graph.clean()
     left = [
         {"name": layer_name(Layer(node)), "why": s.why or "few channels, or nothing reads them"}
@@ -110,14 +107,31 @@ def prune_graph(
     }
 
 
+def check(share: float, inputs: Inputs) -> None:
+    if not 0 < share < 1:
+        raise ArgumentError(f"prune must lie between 0 and 1 (0.5 is half of the multiply-adds), got {share}")
+    if not inputs:
+        raise ArgumentError("data must be given: pruning looks at what channels carry")
+
+
+def cuttable(channels: Channels, multiple: int) -> list[Space]:
+    return [s for s in channels.spaces if s.producers and s.readers and not s.why and s.size > multiple]
+
+
+def sizes(size: int, multiple: int) -> list[int]:
+    """What a space of ``size`` channels may be cut down to, the largest first."""
+    sizes = {max(multiple, round(size * level / multiple) * multiple) for level in LEVELS}
+    return sorted((kept for kept in sizes if kept < size), reverse=True)
+
+
 # --- cost -----------------------------------------------------------------------------------------
 
 
 class Cost:
-    """Multiply-adds of all layers with weights, as a function of what the spaces keep."""
+    """Multiply-adds and weights of all layers with weights, as functions of what the spaces keep."""
 
     def __init__(self, graph: Graph, channels: Channels, inputs: tuple[Tensor, ...]):
-        self.layers: list[tuple[int, Space | None, Space | None]] = []  # macs, read, made
+        self.layers: list[tuple[int, int, Space | None, Space | None]] = []  # macs, weights, read, made
 
         def observe(node, args, kwargs, output):
             if not calls(node, ops.conv2d.default, ops.linear.default):
@@ -128,19 +142,24 @@ class Cost:
             if windows:  # a merged layer: each window makes its own channels
                 for window in windows:
                     part = output.numel() // output.shape[-1] * window.size
-                    self.layers.append((part * per_output, spaces[0], window))
+                    self.layers.append((part * per_output, window.size * per_output, spaces[0], window))
                 return
             depthwise = spaces[1] is not None and node in spaces[1].depthwise
-            self.layers.append((output.numel() * per_output, None if depthwise else spaces[0], spaces[1]))
+            read = None if depthwise else spaces[0]
+            self.layers.append((output.numel() * per_output, args[1].numel(), read, spaces[1]))
 
         graph.run(*(x.clone() for x in inputs), observe=observe)
 
     def total(self, cuts: Sequence[Cut]) -> int:
         part = {cut.space: cut.kept / cut.space.size for cut in cuts}
-        return round(sum(m * part.get(x, 1.0) * part.get(y, 1.0) for m, x, y in self.layers))
+        return round(sum(m * part.get(x, 1.0) * part.get(y, 1.0) for m, _, x, y in self.layers))
+
+    def weights(self, cuts: Sequence[Cut]) -> int:
+        part = {cut.space: cut.kept / cut.space.size for cut in cuts}
+        return round(sum(w * part.get(x, 1.0) * part.get(y, 1.0) for _, w, x, y in self.layers))
 
 
-def _choose(cuts: Sequence[Cut], cost: Cost, share: float) -> None:
+def choose(cuts: Sequence[Cut], cost: Cost, share: float) -> None:
     """Steps to smaller sizes, always the one that costs least for what it saves."""
     before = total = cost.total(cuts)
     while total > (1 - share) * before:
@@ -301,12 +320,9 @@ def _measure(
     reference = float_outputs(graph, list(judged))
     for index, cut in enumerate(cuts):
         size = cut.space.size
-        sizes = {max(multiple, round(size * level / multiple) * multiple) for level in LEVELS}
         cut.errors[size] = 0.0
         original = dict(graph.weights)
-        for kept in sorted(sizes - {size}, reverse=True):
-            if kept >= size:
-                continue
+        for kept in sizes(size, multiple):
             cut.kept = kept
             graph.weights |= _fit_readers(graph, cut, moments)
             cut.errors[kept] = output_error(reference, float_outputs(graph, list(judged)))
@@ -371,7 +387,7 @@ def _refit(graph: Graph, node: fx.Node, whole: fx.Node, columns: Tensor, ours, t
         graph.weights[name] = (graph.weights[name].float() + shift).to(graph.weights[name].dtype)
 
 
-def _apply(graph: Graph, channels: Channels, cut: Cut) -> None:
+def apply_cut(graph: Graph, channels: Channels, cut: Cut) -> None:
     """Takes the rows, filters and columns of channels that go out of the weights, and fixes recorded shapes."""
     space, stay = cut.space, cut.stay
     # From the last window of a merged layer to the first: the places of those in front stay as they are.

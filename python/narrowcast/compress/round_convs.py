@@ -64,6 +64,39 @@ def round_convs(
     return rounded
 
 
+@torch.no_grad()
+def round_alone(
+    graph: Graph,
+    inputs: list[tuple[Tensor, ...]],
+    wanted: Mapping[fx.Node, Collection[tuple[int, int]]],
+    progress: Callable[[str, int, int], Any] | None = None,
+) -> dict[fx.Node, dict[tuple[int, int], RoundedConv]]:
+    """Every convolution of ``wanted`` rounded to each (bits, size of its groups, 0 for rows), for float inputs.
+
+    Nothing is made up for other layers, so that any mix of these can be put together. Changes nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    made: dict[fx.Node, dict[tuple[int, int], RoundedConv]] = {}
+    ours = Simulation(graph, inputs, {}, {}, wanted)
+    for node in graph.fx.nodes:
+        if len(made) == len(wanted) or node.op == "output":
+            break
+        if node.op == "call_function":
+            ours.run(node)
+            if node in wanted:
+                rows, layer = _rows(node, ours, ours, generator), Layer(node)
+                bias = None if layer["bias"] is None else graph.weight(layer["bias"])
+                weight = graph.weight(layer["weight"])
+                made[node] = {
+                    (bits, size): round_conv(layer, weight, bias, rows, bits, False, generator, size)
+                    for bits, size in wanted[node]
+                }
+                if progress is not None:
+                    progress("rounding", len(made), len(wanted))
+        ours.forget(node)
+    return made
+
+
 def _rows(node: fx.Node, ours: Simulation, theirs: Batches, generator: torch.Generator) -> Rows | None:
     """Pixels of all pictures alike; rows with a number that is not finite are left out."""
     layer = Layer(node)

@@ -14,35 +14,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from narrowcast._version import __version__
 from narrowcast.errors import ArgumentError
-from narrowcast.files import atomic_path
 from narrowcast.graph import Graph, Plan
 from narrowcast.graph.passes.match import Layer
 from narrowcast.runtime.executor import Executor
 
 from . import cost, knapsack
 from .calibrate import collect
+from .cnn import SEARCHED, some
+from .conv_forms import ConvInt8, Unpacked, apply_forms, round_forms
+from .equalize import equalize
 from .forms import FORMS, Draft, Form, Item, Known, items_of
 from .gptq import Rounded
 from .judge import Judge, Verdict
-from .ranges import observe_edges
+from .search_memory import Memory, Parts
 from .sensitivity import Progress, scan
 from .sequential import round_in_sequence
 from .transformer import Decision, int4_targets, layer_name
-from .work_folder import WorkFolder, fingerprint
 
 ops = torch.ops.narrowcast
 
@@ -61,19 +57,6 @@ ROUND_AGAIN = 0.85
 #: A budget on agreement grows with the square root of a divergence, the others with the divergence itself.
 POWER = {"decoder": 1.0, "encoder": 1.0, "image": 2.0}
 BITS4 = "int4"
-
-
-class Parts(Protocol):
-    """The data of a search: batches in the form that the graph takes."""
-
-    calibration: list[tuple[Tensor, ...]]
-    synthetic: list[tuple[Tensor, ...]]  #: rounded for as well
-    selection: list[tuple[Tensor, ...]]
-    held_out: list[tuple[Tensor, ...]]
-    seed: int
-    hash: str | None
-
-    def valid(self, inputs: tuple[Tensor, ...]) -> Tensor | None: ...
 
 
 @dataclass
@@ -104,6 +87,9 @@ class Search:
         self.finish, self.certify, self.progress = finish, certify, progress
         self.fused = fused
         graph = fused.clone()
+        if kind == "image":
+            few = data.calibration[: STATISTICS_BATCHES[kind]]
+            equalize(graph, few, some(few, SEARCHED))
         self.memory = Memory(work, graph, data, forms, keep_float)
         self.why: dict[str, str] = dict.fromkeys(keep_float, "asked for")
         self.items = [item for item in items_of(graph, forms) if item.name not in keep_float]
@@ -125,8 +111,7 @@ class Search:
             n for i in self.items for n in i.nodes if i.kind in ("dense", "tied") and not _settled(graph, i)
         ]
         statistics = collect(graph, dense, few, self.data.valid, self.progress) if dense else {}
-        edges = observe_edges(graph, few, self.progress) if self.kind == "image" else {}
-        return Known(graph, statistics, edges, few)
+        return Known(graph, statistics, None, few)
 
     # --- prices -----------------------------------------------------------------------------------
 
@@ -147,6 +132,11 @@ class Search:
         for item in self.items:
             self._drop(item)
         self.items = [item for item in self.items if len(item.forms) > 1]
+        if self.kind == "image":  # few layers, and coarse: their losses are those of rounded weights
+            round_forms(self.known, self.items, self.progress)
+            self._round(
+                [i.name for i in self.items if i.kind == "dense" and BITS4 in {f.name for f in i.forms}]
+            )
         self.loss = self.memory.once(
             "loss", lambda: scan(self.kind, self.known, self.items, self.data.calibration, self.progress)
         )
@@ -163,6 +153,9 @@ class Search:
             if out and len(out) == len(item.forms) - 1:
                 self.why[item.name] = self._not_faster(item)
             item.forms = [f for f in item.forms if f not in out]
+        elif any(isinstance(f, Unpacked) for f in item.forms):
+            # The same codes take the same bytes, and images that stay in float lose nothing.
+            item.forms = [f for f in item.forms if not isinstance(f, ConvInt8)]
         # Nothing that costs as much as a form without loss is worth its loss.
         free = min((price[f.name] for f in item.forms if f.exact), default=math.inf)
         item.forms = [f for f in item.forms if f.exact or price[f.name] < free]
@@ -200,7 +193,8 @@ class Search:
         layers = {layer_name(Layer(n)) for n in graph.calls(ops.linear.default)}
         targets = int4_targets(graph, 32, 8, layers - set(names))
         folder = self.memory.rounds(graph, self.data, [t.name for t in targets.values()])
-        seen = self.data.calibration + self.data.synthetic
+        few = STATISTICS_BATCHES[self.kind] if self.kind == "image" else None  # images take much memory
+        seen = self.data.calibration[:few] + self.data.synthetic
         made = round_in_sequence(graph, targets, seen, self.data.valid, self.progress, folder)
         self.known.rounded = {targets[node].name: rounded for node, rounded in made.items()}
         self._sets[tuple(names)] = self.known.rounded
@@ -209,10 +203,8 @@ class Search:
         """The plan at a position of the chain."""
         draft, choice = Draft.begin(self.known), self._choice(position)
         decisions: dict[str, Decision] = {}
-        forms = sorted(set(choice.values()), key=lambda form: form.finish)
-        for form in forms:
-            chosen = [item for item in self.items if choice[item.name] is form]
-            decisions |= {d.name: d for d in form.apply(draft, chosen)}
+        chosen = [(item, choice[item.name]) for item in self.items]
+        decisions |= {d.name: d for d in apply_forms(draft, chosen)}
         draft.graph.clean()
         listed = []
         for item in items_of(self.known.graph, FORMS):
@@ -355,61 +347,3 @@ class Search:
 def _settled(graph: Graph, item: Item) -> bool:
     """Whether the file's own codes are there, which need no statistics."""
     return item.weight in graph.native
-
-
-class Memory:
-    """What a search has measured, on disk. Plain JSON beside the work folders of GPTQ."""
-
-    def __init__(
-        self, work: str | Path | None, graph: Graph, data: Parts, forms: Sequence[Form], keep_float: set[str]
-    ):
-        self.folder = None if work is None else Path(work)
-        self._rounds: list[WorkFolder] = []
-        if self.folder is None:
-            return
-        try:
-            self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise ArgumentError(f"cannot make the work folder {self.folder}: {error}") from error
-        about = {
-            "version": __version__, "weights": fingerprint(graph.weights), "data": data.hash, "seed": data.seed,
-            "batches": [len(data.calibration), len(data.selection), len(data.held_out)],
-            "forms": [form.name for form in forms], "keep_float": sorted(keep_float),
-        }  # fmt: skip
-        self.about = about
-        self.path = self.folder / "search.json"
-        self.found: dict[str, Any] = {}
-        try:
-            found = json.loads(self.path.read_text())
-            if found.pop("about") == about:
-                self.found = found
-        except (OSError, ValueError, KeyError, AttributeError):
-            pass  # nothing there, or not ours: measured again
-
-    def once(self, key: str, make: Callable[[], Any]) -> Any:
-        """What ``make`` returned the first time; the objective is no part of what is known."""
-        if self.folder is None:
-            return make()
-        if key not in self.found:
-            self.found[key] = make()
-            with atomic_path(self.path) as path:
-                path.write_text(json.dumps({"about": self.about, **self.found}))
-        return self.found[key]
-
-    def rounds(self, graph: Graph, data: Parts, layers: list[str]) -> WorkFolder | None:
-        """The folder of one run of GPTQ over these layers."""
-        if self.folder is None:
-            return None
-        about = self.about | {"layers": layers}
-        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-        self._rounds.append(WorkFolder(self.folder / f"rounds-{name}", about))
-        return self._rounds[-1]
-
-    def remove(self) -> None:
-        if self.folder is None:
-            return
-        for folder in self._rounds:
-            folder.remove()
-        self.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody put a file there
-            self.folder.rmdir()

@@ -74,12 +74,15 @@ def scan(
 
 def _replayed(kind: str, replays: list[Replay], known: Known, item: Item, form: Form) -> float:
     weight, seen = form.stand_in(known, item)
+    bias = form.bias(known, item)
 
     def change(node: fx.Node) -> Callable[[tuple, dict], Any]:
         def call(args: tuple, kwargs: dict) -> Any:
             if calls(node, aten.embedding.default):
                 return node.target(weight, *args[1:], **kwargs)
             x = args[0] if seen is None else seen(args[0])
+            if bias is not None:
+                args, kwargs = (*args[:2], bias, *args[3:]), {k: v for k, v in kwargs.items() if k != "bias"}
             return node.target(x, weight.to(args[1].dtype), *args[2:], **kwargs)
 
         return call
