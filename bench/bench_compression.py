@@ -238,14 +238,17 @@ class _Hidden(torch.nn.Module):
 
 
 class _Logits(torch.nn.Module):
-    """A decoder without a cache: ids in, logits of every position out."""
+    """A decoder without a cache: ids in, logits of every position out. Its mask is made here, as exporters stumble
+    over how transformers makes it."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, ids):
-        return self.model(input_ids=ids, use_cache=False).logits
+        size = ids.shape[1]
+        mask = torch.full((size, size), torch.finfo(torch.float32).min).triu(1)[None, None]
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 def _behind(count: int, rows: Tensor) -> Tensor:

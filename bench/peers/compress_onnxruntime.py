@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -56,10 +57,15 @@ def recipes(kind: str, task: Task) -> dict[str, Callable[[], Engine]]:
     def dynamic(original: Path, out: Path) -> None:
         quantize_dynamic(original, out, weight_type=QuantType.QInt8, per_channel=True)
 
+    def prepared(original: Path, out: Path) -> None:
+        # Its symbolic shapes know convolutions, and stop at an attention mask.
+        quant_pre_process(str(original), str(out), skip_symbolic_shape=kind != "image")
+
     def static(method: CalibrationMethod) -> Callable[[Path, Path], None]:
         def quantise(original: Path, out: Path) -> None:
             ready = place / "ready.onnx"
-            quant_pre_process(str(original), str(ready))
+            with contextlib.chdir(place):  # preparing leaves files where it runs
+                prepared(original, ready)
             quantize_static(
                 ready, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, calibrate_method=method,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
