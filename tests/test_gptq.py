@@ -42,6 +42,33 @@ def test_better_than_nearest_on_held_out_inputs(grid, n, k, group):
     assert ours.error == pytest.approx(reached, rel=1e-2)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_trust_is_the_share_of_moments_between_inputs(grid):
+    hessian, weight = moments(correlated(500, 64)), torch.randn(20, 64)
+    diagonal = hessian.diagonal().diag()
+    for trust in (0.0, 0.5, 1.0):
+        given = round_weight(weight, hessian, grid, 32, trust)
+        mixed = round_weight(weight, trust * hessian + (1 - trust) * diagonal, grid, 32)
+        torch.testing.assert_close(given.scale, mixed.scale, rtol=1e-3, atol=0)
+        # A product rounded the other way may tip a code over.
+        assert (given.codes != mixed.codes).float().mean() < 0.05
+        reached = loss(weight, given.dequantize(), hessian) / loss(weight, 0 * weight, hessian)
+        assert given.error == pytest.approx(reached, rel=1e-2)
+
+
+def test_less_trust_helps_where_data_is_little():
+    gained = []
+    for _ in range(6):
+        x, weight = correlated(4096 + 48, 64), torch.randn(24, 64)
+        few, test = moments(x[:48]), moments(x[48:])
+        errors = [
+            loss(weight, round_weight(weight, few, INT4, 32, trust).dequantize(), test)
+            for trust in (1.0, 0.7)
+        ]
+        gained.append(errors[0] / errors[1])
+    assert sum(gained) / len(gained) > 1
+
+
 @pytest.mark.parametrize("n", [1, 20])
 @pytest.mark.parametrize("grid", [INT4, INT4_SYMMETRIC, INT8])
 def test_the_stored_weight_is_what_was_measured(grid, n):

@@ -10,9 +10,9 @@ import torch
 from . import Engine, Stopwatch, Task
 
 
-def _export(task: Task, folder: Path, names: list[str]) -> Path:
+def export(task: Task, folder: Path, names: list[str]) -> Path:
     path = folder / "model.onnx"
-    axes = {n: {d: f"{n}{d}" for d in range(2 if len(names) > 1 else 1)} for n in names}
+    axes = {n: {d: f"{n}{d}" for d in range(1 if n == "pixels" else 2)} for n in names}
     example = task.calibration[0]
     torch.onnx.export(
         task.module, example, str(path), input_names=names, dynamic_axes=axes, dynamo=False, opset_version=17
@@ -20,7 +20,8 @@ def _export(task: Task, folder: Path, names: list[str]) -> Path:
     return path
 
 
-def _prepare(path: Path, task: Task, names: list[str]):
+def prepare(path: Path, task: Task, names: list[str]):
+    """What makes calls of a model out of inputs; the file may go."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -42,13 +43,13 @@ def encoder(task: Task) -> list[Engine]:
 
     names = ["input_ids", "attention_mask"]
     with tempfile.TemporaryDirectory() as folder:
-        source, int8 = _export(task, Path(folder), names), Path(folder) / "int8.onnx"
+        source, int8 = export(task, Path(folder), names), Path(folder) / "int8.onnx"
         clock = Stopwatch()
         quantize_dynamic(source, int8, weight_type=QuantType.QInt8, per_channel=True)
         seconds = float(clock)
         return [
-            Engine("onnxruntime fp32", _prepare(source, task, names), bytes=source.stat().st_size),
-            Engine("onnxruntime int8", _prepare(int8, task, names), seconds, int8.stat().st_size),
+            Engine("onnxruntime fp32", prepare(source, task, names), bytes=source.stat().st_size),
+            Engine("onnxruntime int8", prepare(int8, task, names), seconds, int8.stat().st_size),
         ]
 
 
@@ -67,7 +68,7 @@ def image(task: Task) -> list[Engine]:
     names = ["pixels"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source, ready, int8 = _export(task, folder, names), folder / "ready.onnx", folder / "int8.onnx"
+        source, ready, int8 = export(task, folder, names), folder / "ready.onnx", folder / "int8.onnx"
         clock = Stopwatch()
         quant_pre_process(str(source), str(ready))
         quantize_static(
@@ -76,6 +77,6 @@ def image(task: Task) -> list[Engine]:
         )  # fmt: skip
         seconds = float(clock)
         return [
-            Engine("onnxruntime fp32", _prepare(source, task, names), bytes=source.stat().st_size),
-            Engine("onnxruntime int8", _prepare(int8, task, names), seconds, int8.stat().st_size),
+            Engine("onnxruntime fp32", prepare(source, task, names), bytes=source.stat().st_size),
+            Engine("onnxruntime int8", prepare(int8, task, names), seconds, int8.stat().st_size),
         ]

@@ -10,7 +10,31 @@ import torch
 from . import Engine, Stopwatch, Task
 
 
-def _variants(task: Task, transformer: bool, shapes) -> list[Engine]:
+def call_of(request, inputs):
+    arrays = [i.numpy() for i in inputs]
+    return lambda: torch.from_numpy(request.infer(arrays)[0])
+
+
+def request_of(source, threads: int, precision: str = "f32"):
+    """A request of a compiled model."""
+    import openvino
+
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    return openvino.Core().compile_model(source, "CPU", options).create_infer_request()
+
+
+def compiled(source, inputs, threads: int, precision: str = "f32"):
+    """The call of a model compiled for the shapes of these inputs."""
+    fixed = source.clone()
+    fixed.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
+    return call_of(request_of(fixed, threads, precision), inputs)
+
+
+def _variants(task: Task, transformer: bool) -> list[Engine]:
     import nncf
     import openvino
 
@@ -19,19 +43,7 @@ def _variants(task: Task, transformer: bool, shapes) -> list[Engine]:
     nncf.set_log_level(40)
 
     def prepare(source, precision: str):
-        def call_for(*inputs):
-            fixed = source.clone()
-            fixed.reshape(shapes(fixed, inputs))
-            options = {
-                "INFERENCE_NUM_THREADS": task.threads,
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": precision,
-            }
-            request = openvino.Core().compile_model(fixed, "CPU", options).create_infer_request()
-            arrays = [i.numpy() for i in inputs]
-            return lambda: torch.from_numpy(request.infer(arrays)[0])
-
-        return call_for
+        return lambda *inputs: compiled(source, inputs, task.threads, precision)
 
     clock = Stopwatch()
     options = {"model_type": nncf.ModelType.TRANSFORMER} if transformer else {}
@@ -39,14 +51,15 @@ def _variants(task: Task, transformer: bool, shapes) -> list[Engine]:
     int8 = nncf.quantize(model, data, subset_size=len(task.calibration), **options)
     seconds = float(clock)
     return [
-        Engine("openvino fp32", prepare(model, "f32"), bytes=_bytes(model)),
-        Engine("openvino bf16", prepare(model, "bf16"), bytes=_bytes(model)),
-        Engine("openvino int8", prepare(int8, "f32"), seconds, _bytes(int8)),
-        Engine("openvino int8 bf16", prepare(int8, "bf16"), seconds, _bytes(int8)),
+        Engine("openvino fp32", prepare(model, "f32"), bytes=size_of(model)),
+        Engine("openvino bf16", prepare(model, "bf16"), bytes=size_of(model)),
+        Engine("openvino int8", prepare(int8, "f32"), seconds, size_of(int8)),
+        Engine("openvino int8 bf16", prepare(int8, "bf16"), seconds, size_of(int8)),
     ]
 
 
-def _bytes(model) -> int:
+def size_of(model) -> int:
+    """Of the weights on disk."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -54,13 +67,9 @@ def _bytes(model) -> int:
         return (Path(folder) / "model.bin").stat().st_size
 
 
-def _shapes(model, inputs) -> dict[int, list[int]]:
-    return {i: list(x.shape) for i, x in enumerate(inputs)}
-
-
 def encoder(task: Task) -> list[Engine]:
-    return _variants(task, True, _shapes)
+    return _variants(task, True)
 
 
 def image(task: Task) -> list[Engine]:
-    return _variants(task, False, _shapes)
+    return _variants(task, False)

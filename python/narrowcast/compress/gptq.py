@@ -77,8 +77,13 @@ class Rounded:
         return GroupedWeight(4, self.group_size, pack_int4(codes.to(torch.uint8)), scale, offset)
 
 
-def round_weight(weight: Tensor, hessian: Tensor | None, grid: Grid, group_size: int) -> Rounded:
+def round_weight(
+    weight: Tensor, hessian: Tensor | None, grid: Grid, group_size: int, trust: float = 1.0
+) -> Rounded:
     """Rounds a weight [N, K] for inputs with the second moments ``hessian`` [K, K] = E[x x^T].
+
+    trust: what of the moments of two different inputs counts, 0 to 1. Those of a little data hold coincidences that
+    other data does not have; with less trust they are exploited less. The error in the result is that of ``hessian``.
 
     Without a usable hessian (None, or all zero) weights go to the nearest code, and a note says so. Scales are
     searched first, with the diagonal of H as the importance of a column. When H cannot be factored, more is
@@ -113,12 +118,16 @@ def round_weight(weight: Tensor, hessian: Tensor | None, grid: Grid, group_size:
     result.dead = int((importance == 0).sum())
     _runtime.search_scales(layer, importance.data_ptr())
     order = importance.argsort(descending=True, stable=True)
-    feed, result.damping = _factor(hessian, order, result)
+    believed = hessian
+    if trust < 1:
+        believed = hessian * trust
+        believed.diagonal().copy_(importance)
+    feed, result.damping = _factor(believed, order, result)
     order = order.to(torch.int32)
     if feed is not None:
         _runtime.round_in_order(layer, order.data_ptr(), feed.data_ptr())
     passes = PASSES if grid.high - grid.low < 32 else PASSES_INT8
-    _runtime.refine(layer, order.data_ptr(), hessian.data_ptr(), passes)
+    _runtime.refine(layer, order.data_ptr(), believed.data_ptr(), passes)
     change = weight - result.dequantize()
     signal = ((weight @ hessian) * weight).sum().item()
     result.error = ((change @ hessian) * change).sum().item() / max(signal, 1e-30)

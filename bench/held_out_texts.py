@@ -1,0 +1,73 @@
+"""Short texts of kinds that a novel does not have: what a model calibrated on one must not have forgotten.
+
+Written for the benches; nothing is calibrated on them.
+"""
+
+CODE = [
+    "def area(r): return 3.14159 * r ** 2",
+    "for i in range(10):\n    print(i, i * i)",
+    "if (node == NULL) { free(list); return -1; }",
+    "const total = items.reduce((sum, item) => sum + item.price, 0);",
+    "public static void main(String[] args) { System.out.println(args.length); }",
+    "import numpy as np",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n    def push(self, item):\n        self.items.append(item)",
+    'git commit -m "fix the build"',
+    "fn parse(line: &str) -> Option<u32> { line.trim().parse().ok() }",
+    "while read -r line; do echo \"$line\" | cut -d, -f2; done < table.csv",
+    "std::sort(v.begin(), v.end(), [](int a, int b) { return a > b; });",
+    "try:\n    value = cache[key]\nexcept KeyError:\n    value = cache[key] = compute(key)",
+    "docker run --rm -p 8080:80 -v $PWD:/usr/share/nginx/html nginx:alpine",
+    "x = [row[0] for row in rows if row and not row[0].startswith('#')]",
+    "let mut counts = HashMap::new(); for w in words { *counts.entry(w).or_insert(0) += 1; }",
+    '{"name": "widget", "version": "1.4.2", "dependencies": {"left": "^2.0.0"}}',
+    "<div class=\"card\"><h2>Title</h2><p>Some text</p></div>",
+    "#define MAX(a, b) ((a) > (b) ? (a) : (b))",
+    "assert torch.allclose(model(x), expected, atol=1e-4)",
+    "func (s *Server) Close() error { s.mu.Lock(); defer s.mu.Unlock(); return s.conn.Close() }",
+]  # fmt: skip
+
+SPANISH = [
+    "El perro corre por la playa al amanecer.",
+    "La reunión de mañana empieza a las nueve.",
+    "¿Dónde está la estación de tren más cercana?",
+    "Mi hermana estudia medicina en la universidad de Salamanca.",
+    "Hace mucho frío en invierno, pero la casa es cálida.",
+    "Necesito comprar pan, leche y huevos antes de cenar.",
+    "El precio de la vivienda ha subido un diez por ciento este año.",
+    "No encuentro las llaves del coche; creo que las dejé en la oficina.",
+    "El museo cierra los lunes y los días festivos.",
+    "Los niños juegan en el parque mientras sus padres conversan.",
+    "La ministra anunció ayer una reforma de la ley de aguas.",
+    "Esta novela cuenta la historia de una familia de pescadores.",
+    "El avión despegó con dos horas de retraso por la niebla.",
+    "Para abrir la cuenta se necesita un documento de identidad.",
+    "Me gustaría reservar una mesa para cuatro personas.",
+    "El agua hierve a cien grados al nivel del mar.",
+    "Las abejas son esenciales para la polinización de los cultivos.",
+    "Ganaron el partido en el último minuto con un gol de cabeza.",
+    "Se vende bicicleta en buen estado, casi sin usar.",
+    "El médico le recomendó descansar y beber mucha agua.",
+]
+
+SQL = [
+    "SELECT name, total FROM orders WHERE total > 100 ORDER BY total DESC;",
+    "SELECT COUNT(*) FROM users WHERE created_at >= '2023-01-01';",
+    "INSERT INTO products (id, name, price) VALUES (17, 'lamp', 24.90);",
+    "UPDATE accounts SET balance = balance - 50 WHERE id = 3;",
+    "DELETE FROM sessions WHERE expires_at < NOW();",
+    "CREATE TABLE invoices (id SERIAL PRIMARY KEY, amount NUMERIC(10, 2) NOT NULL);",
+    "SELECT d.name, AVG(e.salary) FROM departments d JOIN employees e ON e.dept = d.id GROUP BY d.name;",
+    "ALTER TABLE customers ADD COLUMN phone VARCHAR(20);",
+    "SELECT DISTINCT city FROM addresses WHERE country = 'ES' LIMIT 10;",
+    "CREATE INDEX idx_orders_date ON orders (order_date);",
+    "SELECT * FROM logs WHERE level = 'ERROR' AND message LIKE '%timeout%';",
+    "WITH recent AS (SELECT * FROM visits WHERE day > CURRENT_DATE - 7) SELECT page, COUNT(*) FROM recent GROUP BY page;",
+    "SELECT p.title, c.label FROM posts p LEFT JOIN categories c ON p.category_id = c.id;",
+    "DROP VIEW IF EXISTS monthly_totals;",
+    "SELECT id, RANK() OVER (PARTITION BY team ORDER BY score DESC) FROM players;",
+    "GRANT SELECT, INSERT ON inventory TO clerk;",
+    "SELECT MAX(price) - MIN(price) AS spread FROM quotes WHERE symbol = 'XYZ';",
+    "BEGIN; UPDATE stock SET qty = qty - 1 WHERE sku = 'A-100'; COMMIT;",
+    "SELECT year, SUM(amount) FROM sales GROUP BY year HAVING SUM(amount) > 10000;",
+    "EXPLAIN ANALYZE SELECT * FROM events WHERE user_id = 42;",
+]
