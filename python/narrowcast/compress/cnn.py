@@ -29,6 +29,8 @@ ops = torch.ops.narrowcast
 FLOAT_BUDGET = 0.045
 #: A layer stands out when it alone causes this many times the median loss.
 STANDS_OUT = 8.0
+#: Between int8 layers, where it costs two conversions as well, it must cause this share of all loss.
+DOMINATES = 0.2
 #: Of the weights that could have 4 bits, the share that keeps 8 because it would lose most by it.
 EIGHT_BIT_SHARE = 0.15
 #: Pictures that ranges, equalisation and single layers' losses are judged on.
@@ -80,16 +82,41 @@ def median(losses: dict[fx.Node, float]) -> float:
 
 
 def stand_out(losses: dict[fx.Node, float], macs: dict[fx.Node, int]) -> list[fx.Node]:
-    """The layers to leave in float: far above the usual loss, and within the budget of multiply-adds."""
-    usual = median(losses)
+    """The layers to leave in float: far above the usual loss, within the budget of multiply-adds, and reading floats
+    unless they dominate."""
+    usual, whole = median(losses), sum(losses.values())
     total, spent, kept = sum(macs.values()), 0, []
-    for node in sorted(losses, key=losses.__getitem__, reverse=True):
-        if losses[node] < STANDS_OUT * usual:
+    waiting = sorted(
+        (n for n in losses if losses[n] >= STANDS_OUT * usual), key=losses.__getitem__, reverse=True
+    )
+    while waiting:
+        chosen = next(
+            (
+                node for node in waiting
+                if spent + macs.get(node, 0) <= FLOAT_BUDGET * total
+                and (losses[node] >= DOMINATES * whole or reads_floats(node, kept))
+            ),
+            None,
+        )  # fmt: skip
+        if chosen is None:
             break
-        if spent + macs.get(node, 0) <= FLOAT_BUDGET * total:
-            kept.append(node)
-            spent += macs.get(node, 0)
+        waiting.remove(chosen)  # and the layers that read it are asked again
+        kept.append(chosen)
+        spent += macs.get(chosen, 0)
     return kept
+
+
+def reads_floats(node: fx.Node, in_float: Collection[fx.Node]) -> bool:
+    """Whether a layer's input comes from the graph's inputs or layers of ``in_float`` alone."""
+    behind = [Layer(node)["x"]]
+    while behind:
+        source = behind.pop()
+        if calls(source, ops.conv2d.default, ops.linear.default):
+            if source not in in_float:
+                return False
+        else:
+            behind += source.all_input_nodes
+    return True
 
 
 def eight_bit_layers(
