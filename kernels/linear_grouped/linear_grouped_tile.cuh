@@ -122,10 +122,10 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 // The registers of one warp.
 template <class T>
 struct Accumulators {
-  float product[T::kMmaM][T::kMmaN][4] = {};  // of this group
-  float x_sum[T::kMmaM][4] = {};              // the same in all columns
-  float sum[T::kMmaM][T::kMmaN][4] = {};
   float scale[T::kMmaN][2], offset[T::kMmaN][2];  // of this group; offset of codes less c
+  float product[T::kMmaM][T::kMmaN][4] = {};      // of this group
+  float x_sum[T::kMmaM][4] = {};                  // the same in all columns
+  float sum[T::kMmaM][T::kMmaN][4] = {};
 
   // Asked for when a group begins: they are there when it ends.
   __device__ __forceinline__ void load_scales(const LinearGroupedArgs& args, int64_t n0,

@@ -2,7 +2,7 @@
 
 All mutants of a kernel are compiled at once, each behind ``mutant == number``; a run of the test program
 with MUTANT=number is a run of that mutant. A mutant that no test notices is printed: either it changes
-nothing that counts (the order of tiles), or a test is missing.
+nothing that counts (the order of tiles), which survivors.py explains, or a test is missing.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def mutate(source: str) -> tuple[str, list[Mutant]]:
         def index(match, number=number, code=code):
             if any(m.start() <= match.start() < m.end() for m in DECLARATION.finditer(code)):
                 return match[0]
-            return f"[{match[1]} + {add(number, 'index + 1: ' + match[0])}]"
+            return f"[{match[1]} + {add(number, f'index + 1: {match[0]} in: {code.strip()}')}]"
 
         def constant(match, number=number, code=code):
             return f"({match[1]} + {add(number, f'{match[1]} + 1 in: ' + code.strip())})"

@@ -110,6 +110,7 @@ int main(int argc, char**) {
       // K in pieces
       {.m = 6, .n = 10, .k = 1152, .group = 96, .offset = true, .bias = true, .split = true},
       {.m = 20, .n = 33, .k = 1056, .bits = 8, .x = kBrain, .residual = true, .split = true},
+      {.m = 8, .n = 64, .k = 1024, .split = true},  // the sums of a whole block, no thread to spare
   };
   for (const Case& c : cases) expect("linear_grouped", "", 2, [&] { run(c); });
   // At least 96 large tiles: few columns of K, many tiles.
