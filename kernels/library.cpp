@@ -106,7 +106,9 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
       "cu_seqlens_k=None, Tensor? sinks=None) -> Tensor");
 
   // KV cache: [B, Hkv, capacity, D], or pages [P, Hkv, page, D] with block_table int32 [B, pages].
-  // INT8 caches carry scales [B, Hkv, capacity] (pages: [P, Hkv, page]), one per token and head.
+  // INT8 caches carry scales [B, Hkv, capacity] (pages: [P, Hkv, page]), one per token and head;
+  // uint8 caches [.., D / 2] hold rotated 4-bit codes, with bfloat16 grids [.., D / 16] as their
+  // scales.
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? "
       "k_scale=None, Tensor? v_scale=None, float? scale=None, int window=0, float softcap=0.0, "
@@ -118,7 +120,7 @@ STABLE_TORCH_LIBRARY(narrowcast, m) {
   m.def(
       "kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor start, "
       "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, Tensor? cos=None, Tensor? sin=None, "
-      "bool interleaved=False, Tensor? block_table=None) -> ()");
+      "bool interleaved=False, Tensor? block_table=None, Tensor? k_shift=None) -> ()");
 
   // convolution and pooling
   m.def(

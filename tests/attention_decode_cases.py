@@ -16,6 +16,12 @@ def operands(b, hq, hkv, sq, c, d, cache=torch.float32, dtype=torch.float32, len
     q = torch.randn(b, hq, sq, d).to(dtype)
     lengths = torch.randint(sq, c + 1, (b,)) if lengths is None else torch.tensor(lengths)
     lengths = lengths.to(torch.int32)
+    if cache == torch.uint8:  # rotated 4-bit codes; grids past a length are NaN
+        codes = [torch.randint(0, 256, (b, hkv, c, d // 2), dtype=torch.uint8) for _ in "kv"]
+        grids = [torch.randn(b, hkv, c, d // 16).mul(0.2).bfloat16() for _ in "kv"]
+        for i, n in enumerate(lengths.tolist()):
+            grids[0][i, :, n:] = grids[1][i, :, n:] = torch.nan
+        return q, *codes, lengths, *grids
     if cache == torch.int8:
         k, v = (torch.randint(-128, 128, (b, hkv, c, d), dtype=torch.int8) for _ in "kv")
         return q, k, v, lengths, torch.rand(b, hkv, c) / 64, torch.rand(b, hkv, c) / 64

@@ -146,11 +146,11 @@ def test_steps_read_lengths_when_they_run():
 def test_append_step():
     caches = [torch.zeros(2, 2, 20, 16) for _ in range(4)]
     k, v, start = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 16), torch.tensor([0, 17], dtype=torch.int32)
-    run_step("kv_append", [*caches[:2], k, v, start, *[None] * 5], [])
+    run_step("kv_append", [*caches[:2], k, v, start, *[None] * 6], [])
     ops.kv_append(*caches[2:], k, v, start)
     assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
     with pytest.raises(RuntimeError, match="start must lie in"):
-        run_step("kv_append", [*caches[:2], k, v, start + 1, *[None] * 5], [])
+        run_step("kv_append", [*caches[:2], k, v, start + 1, *[None] * 6], [])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -167,3 +167,64 @@ def test_rows_behind_a_mask_do_not_leak(variant, cache):
     )
     assert_close(out[:, :, :2], expected)
     assert out[:, :, 2].isnan().all()
+
+
+# --- 4-bit codes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", list(BOUND))
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1, 1, 32),
+        (3, 9, 3, 1, 700, 64),
+        (2, 4, 4, 2, 256, 128),
+        (2, 6, 2, 5, 300, 32),
+        (1, 4, 2, 70, 90, 256),
+    ],
+)
+def test_nibbles(variant, dtype, shape):
+    inputs = operands(*shape, torch.uint8, dtype)
+    with forced("attention_decode", variant):
+        out = ops.attention_decode(*inputs, scale=0.1)
+    assert_close(out, ref.attention_decode(*inputs, scale=0.1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sq", [1, 9])
+def test_nibbles_in_pages_and_options(variant, sq):
+    q, k, v, lengths, k_scale, v_scale = operands(3, 4, 2, sq, 320, 64, torch.uint8)
+    table = torch.randperm(70, dtype=torch.int32)[:60].view(3, 20)
+    paged = [pages_of(t, table, 16) for t in (k, v, k_scale, v_scale)]
+    options = {"window": 40, "softcap": 3.0, "sinks": torch.randn(4)}
+    with forced("attention_decode", variant):
+        dense = ops.attention_decode(q, k, v, lengths, k_scale, v_scale, **options)
+        out = ops.attention_decode(q, *paged[:2], lengths, *paged[2:], block_table=table, **options)
+    assert torch.equal(out, dense)
+    assert_close(out, ref.attention_decode(q, k, v, lengths, k_scale, v_scale, **options))
+
+
+def test_nibbles_read_what_kv_append_writes():
+    """Scores and sums over a cache of 4 bits are near those of the rows that went in."""
+    q, k, v = torch.randn(2, 6, 1, 64), torch.randn(2, 2, 80, 64), torch.randn(2, 2, 80, 64)
+    codes = [torch.zeros(2, 2, 80, 32, dtype=torch.uint8) for _ in "kv"]
+    grids = [torch.zeros(2, 2, 80, 4, dtype=torch.bfloat16) for _ in "kv"]
+    shift = torch.randn(2, 64) * 3
+    start, lengths = torch.zeros(2, dtype=torch.int32), torch.full((2,), 80, dtype=torch.int32)
+    ops.kv_append(*codes, k + shift[:, None], v, start, *grids, k_shift=shift)
+    out = ops.attention_decode(q, *codes, lengths, *grids)
+    assert_close(out, ref.attention_decode(q, k, v, lengths), bound=0.2)
+
+
+def test_bad_nibbles():
+    q, k, v, lengths, k_scale, v_scale = operands(2, 4, 2, 1, 32, 64, torch.uint8)
+    with pytest.raises(RuntimeError, match="k_scale and v_scale must be given for uint8"):
+        ops.attention_decode(q, k, v, lengths)
+    with pytest.raises(RuntimeError, match="k_scale must be bfloat16"):
+        ops.attention_decode(q, k, v, lengths, k_scale.float(), v_scale)
+    with pytest.raises(RuntimeError, match="k_cache must have a head size of 32, 64"):
+        ops.attention_decode(
+            q[..., :48].contiguous(), k[..., :24].contiguous(), v[..., :24].contiguous(), lengths
+        )
+    torch.library.opcheck(ops.attention_decode.default, (q, k, v, lengths, k_scale, v_scale))

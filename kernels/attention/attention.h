@@ -9,8 +9,9 @@
 //   lse   log of the denominator (sink included): -inf where a row sees nothing; its out is 0.
 //
 // Packed form: cu_q and cu_k hold B + 1 first rows, and the batch strides are 0.
-// Cache form (attention_decode): Sk = lengths[b], causal; int8 rows times a scale each; pages of
-// page_size rows found through block_table, page strides in place of batch strides.
+// Cache form (attention_decode): Sk = lengths[b], causal; int8 rows times a scale each, or uint8
+// rows of two 4-bit codes a byte (hadamard.h); pages of page_size rows found through block_table,
+// page strides in place of batch strides.
 //
 // Numerics: half and int8 are widened; products, softmax and sums in float32; a key tile at a time
 // with a running maximum. The kernel avx512bf16 multiplies bfloat16 inputs as such: products of q
@@ -34,6 +35,8 @@ struct AttentionArgs {
   const float* sinks;                                  // nullptr: none
   const int32_t *cu_q, *cu_k, *lengths, *block_table;  // nullptr: not that form
   const float *k_scale, *v_scale;                      // int8 caches only
+  const uint32_t *k_pairs,
+      *v_pairs;  // caches of 4-bit codes only (hadamard.h); scale strides in pairs
   AttentionStrides q_strides, k_strides, v_strides, out_strides, lse_strides, k_scale_strides,
       v_scale_strides;
   int64_t bias_strides[4];  // of batch, head, query and key; 0 where broadcast

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "attention/attention.h"
+#include "common/hadamard.h"
 #include "common/half.h"
 
 namespace narrowcast {
@@ -15,7 +16,9 @@ namespace {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-inline int64_t bytes_of(DType t) { return t == DType::kFloat32 ? 4 : t == DType::kInt8 ? 1 : 2; }
+inline int64_t bytes_of(DType t) {
+  return t == DType::kFloat32 ? 4 : t == DType::kInt8 || t == DType::kUInt8 ? 1 : 2;
+}
 
 inline const char* row_at(const void* p, int64_t element, DType t) {
   return static_cast<const char*>(p) + element * bytes_of(t);
@@ -31,6 +34,15 @@ inline Sequence sequence_of(const AttentionArgs& a, int64_t b) {
   if (a.cu_k) s.k0 = a.cu_k[b], s.sk = a.cu_k[b + 1] - a.cu_k[b];
   if (a.lengths) s.sk = a.lengths[b];
   return s;
+}
+
+// V::kWidth elements from d of a cache row of 4-bit codes (hadamard.h).
+template <class V>
+[[gnu::always_inline]] inline typename V::T of_nibbles(const char* row, const uint32_t* pairs,
+                                                       int64_t d) {
+  const uint32_t pair = pairs[d / kNibbleGroup];
+  return V::fma(V::nibbles(row + nibble_byte(d), nibble_shift(d)), V::set(step_of(pair)),
+                V::set(minimum_of(pair)));
 }
 
 // Rows key .. key + count of one head as float32 rows ld apart: in place when they lie so.
@@ -56,9 +68,15 @@ const float* rows_of(const AttentionArgs& a, const AttentionItem& it, const Sequ
       row %= a.page_size;
     }
     const int64_t at = outer * st.batch + it.kv_head * st.head + row * st.row;
-    const float scale =
-        scales ? scales[outer * ss.batch + it.kv_head * ss.head + row * ss.row] : 1.0f;
+    const int64_t scale_at = outer * ss.batch + it.kv_head * ss.head + row * ss.row;
     float* to = buffer + j * *ld;
+    if (a.kv_dtype == DType::kUInt8) {
+      const uint32_t* pairs = (values ? a.v_pairs : a.k_pairs) + scale_at;
+      for (int64_t d = 0; d < depth; d += V::kWidth)
+        V::store(to + d, of_nibbles<V>(row_at(from, at, a.kv_dtype), pairs, d));
+      continue;
+    }
+    const float scale = scales ? scales[scale_at] : 1.0f;
     V::load_row(row_at(from, at, a.kv_dtype), a.kv_dtype, scale, depth, to);
     for (int64_t d = depth; d < *ld; ++d) to[d] = 0.0f;
   }
@@ -234,6 +252,7 @@ void attention_rows(const AttentionArgs& a, const AttentionItem& it, Scores& sou
                            (s.q0 + i) * a.q_strides.row,
                        a.q_dtype),
                 a.q_dtype, Scores::row_scale(a), a.depth, line);
+    if (a.kv_dtype == DType::kUInt8) hadamard(line, a.depth);
     source.put(a, r, line);
     if (a.bias) {
       bias_row[r] = it.sequence * a.bias_strides[0] + h * a.bias_strides[1] + i * a.bias_strides[2];
@@ -312,6 +331,7 @@ void attention_rows(const AttentionArgs& a, const AttentionItem& it, Scores& sou
 
   for (int64_t r = 0; r < it.rows; ++r) {
     float* sum = sums + r * ld;
+    if (a.kv_dtype == DType::kUInt8) hadamard(sum, a.v_depth);
     if (it.partial) {
       float* to = it.partial + r * (a.v_depth + 2);
       to[0] = top[r], to[1] = total[r];

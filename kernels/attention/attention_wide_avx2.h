@@ -41,6 +41,13 @@ struct Wide {
     memcpy(rest, p + i * size, static_cast<size_t>(count * size));
     return widen(rest, 0, dtype);
   }
+  // Elements of 4 bits: byte i at p, shifted.
+  [[gnu::always_inline]] static T nibbles(const char* p, int shift) {
+    const __m256i bytes =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i code = _mm256_srl_epi32(bytes, _mm_cvtsi32_si128(shift));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(code, _mm256_set1_epi32(15)));
+  }
   // Lane i of the result: the sum of the 8 floats at p + 8 i.
   [[gnu::always_inline]] static T reduce(const float* p) {
     const auto pair = [&](int i) {

@@ -43,6 +43,13 @@ struct Wide {
     if (dtype != DType::kInt8) return load16(p, i, dtype, mask);
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p + i)));
   }
+  // Elements of 4 bits: byte i at p, shifted.
+  [[gnu::always_inline]] static T nibbles(const char* p, int shift) {
+    const __m512i bytes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i code = _mm512_srl_epi32(bytes, _mm_cvtsi32_si128(shift));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32(15)));
+  }
   // Lane i of the result: the sum of the 16 floats at p + 16 i.
   [[gnu::always_inline]] static T reduce(const float* p) {
     T x[16];

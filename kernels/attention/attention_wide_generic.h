@@ -60,6 +60,11 @@ struct Wide {
   static T widen_tail(const char* p, int64_t i, DType dtype, int64_t count) {
     return each([&](int n) { return n < count ? element(p, i + n, dtype) : 0.0f; });
   }
+  // Elements of 4 bits: byte i at p, shifted.
+  static T nibbles(const char* p, int shift) {
+    return each(
+        [&](int i) { return static_cast<float>(static_cast<unsigned char>(p[i]) >> shift & 15); });
+  }
   // Lane i of the result: the sum of the 4 floats at p + 4 i.
   static T reduce(const float* p) {
     return each([&](int i) { return p[4 * i] + p[4 * i + 1] + (p[4 * i + 2] + p[4 * i + 3]); });

@@ -3,8 +3,10 @@
 //   q        [B, Hq, Sq, D]; query s of sequence b sees keys 0 .. lengths[b] - Sq + s, at most
 //            `window` of them, itself included, when window > 0.
 //   caches   [B, Hkv, C, D] in float32, float16, bfloat16, or int8 with float32 scales [B, Hkv, C];
-//            or pages [P, Hkv, page, D] (scales [P, Hkv, page]) in the order of block_table [B,
-//            pages].
+//            or uint8 [B, Hkv, C, D / 2] of rotated 4-bit codes with grids [B, Hkv, C, D / 16] as
+//            common/hadamard.h has them: q is rotated, and so is the sum over the values;
+//            or pages [P, Hkv, page, ..] (scales [P, Hkv, page, ..]) in the order of block_table
+//            [B, pages].
 //
 // Up to kDecodeRows rows per K/V head, a sequence is cut into chunks of kDecodeChunk keys whose
 // partial results are merged in order. The cut depends on the sequence's own length only: its

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention/attention_call_checks.h"
 #include "attention_decode/attention_decode.h"
+#include "common/hadamard.h"
 
 namespace narrowcast::attention_decode_checks {
 
@@ -20,13 +21,29 @@ inline AttentionStrides scale_strides(const char* argument, const TensorView& sc
   return strides_of(scale);
 }
 
+// Where the grids of 4-bit codes lie, strides in pairs of bfloat16.
+inline const uint32_t* grids(const char* argument, const TensorView& t, const TensorView& cache,
+                             AttentionStrides* strides) {
+  bool fits = t.dtype == DType::kBFloat16 && t.rank == 4 && has_dense_rows(t) &&
+              t.sizes[3] == cache.sizes[3] / 8 && reinterpret_cast<uintptr_t>(t.data) % 4 == 0;
+  for (int d = 0; fits && d < 3; ++d)
+    fits = t.sizes[d] == cache.sizes[d] && (t.strides[d] % 2 == 0 || t.sizes[d] <= 1);
+  NC_CHECK(fits, kOp, argument,
+           " must be bfloat16 [.., D / 16], steps and minima of the groups of ", "its uint8 cache ",
+           shape(cache), ", got ", name(t.dtype), " ", shape(t));
+  *strides = {t.strides[0] / 2, t.strides[1] / 2, t.strides[2] / 2};
+  return static_cast<const uint32_t*>(t.data);
+}
+
 inline AttentionDecodeArgs decode_args(const Operands& t, bool has_scale, double scale,
                                        int64_t window, double softcap) {
   check_floating(kOp, "q", t.q, 4, "[B, Hq, Sq, D]");
   const bool paged = defined(t.block_table);
   const char* form = paged ? "[P, Hkv, page, D]" : "[B, Hkv, C, D]";
-  NC_CHECK((is_floating(t.k_cache.dtype) || t.k_cache.dtype == DType::kInt8) && t.k_cache.rank == 4,
-           kOp, "k_cache must be float32, float16, bfloat16 or int8 ", form, ", got ",
+  const bool nibbles = t.k_cache.dtype == DType::kUInt8;
+  NC_CHECK((is_floating(t.k_cache.dtype) || t.k_cache.dtype == DType::kInt8 || nibbles) &&
+               t.k_cache.rank == 4,
+           kOp, "k_cache must be float32, float16, bfloat16, int8 or uint8 ", form, ", got ",
            name(t.k_cache.dtype), " ", shape(t.k_cache));
   bool same = t.v_cache.dtype == t.k_cache.dtype && t.v_cache.rank == 4;
   for (int d = 0; same && d < 4; ++d) same = t.v_cache.sizes[d] == t.k_cache.sizes[d];
@@ -36,9 +53,13 @@ inline AttentionDecodeArgs decode_args(const Operands& t, bool has_scale, double
   AttentionArgs& a = args.attention;
   a.batch = t.q.sizes[0], a.heads = t.q.sizes[1], a.sq = t.q.sizes[2];
   a.kv_heads = t.k_cache.sizes[1], a.depth = a.v_depth = t.q.sizes[3];
-  NC_CHECK(t.k_cache.sizes[3] == a.depth && (paged || t.k_cache.sizes[0] == a.batch), kOp,
-           "k_cache must have the batch and head size of q, ", shape(t.q), ", got ",
-           shape(t.k_cache));
+  NC_CHECK(!nibbles || has_nibble_rows(a.depth), kOp,
+           "k_cache must have a head size of 32, 64, 128 or 256 for 4-bit codes (uint8), got ",
+           a.depth);
+  NC_CHECK(
+      t.k_cache.sizes[3] * (nibbles ? 2 : 1) == a.depth && (paged || t.k_cache.sizes[0] == a.batch),
+      kOp, "k_cache must have the batch and head size of q, ", shape(t.q), ", got ",
+      shape(t.k_cache));
   NC_CHECK(a.kv_heads > 0 ? a.heads % a.kv_heads == 0 : a.heads == 0, kOp,
            "k_cache must have a number of heads that divides that of q, ", a.heads, ", got ",
            a.kv_heads);
@@ -71,6 +92,11 @@ inline AttentionDecodeArgs decode_args(const Operands& t, bool has_scale, double
     a.v_scale_strides = scale_strides("v_scale", t.v_scale, t.v_cache);
     a.k_scale = static_cast<const float*>(t.k_scale.data);
     a.v_scale = static_cast<const float*>(t.v_scale.data);
+  } else if (nibbles) {
+    NC_CHECK(defined(t.k_scale) && defined(t.v_scale), kOp,
+             "k_scale and v_scale must be given for uint8 caches");
+    a.k_pairs = grids("k_scale", t.k_scale, t.k_cache, &a.k_scale_strides);
+    a.v_pairs = grids("v_scale", t.v_scale, t.v_cache, &a.v_scale_strides);
   } else {
     NC_CHECK(!defined(t.k_scale) && !defined(t.v_scale), kOp,
              "k_scale and v_scale must be absent for ", name(t.k_cache.dtype), " caches");

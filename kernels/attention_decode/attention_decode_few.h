@@ -15,6 +15,7 @@ constexpr int64_t kFewRows = 4;
 // Where the rows of a chunk lie, and their scales.
 struct CacheRows {
   const char* at[kDecodeChunk + 16];
+  const uint32_t* pairs[kDecodeChunk + 16];  // of 4-bit codes
   alignas(64) float scale[kDecodeChunk + 16];
 
   void find(const AttentionArgs& a, const AttentionItem& it, bool values, int64_t key,
@@ -22,6 +23,7 @@ struct CacheRows {
     const void* from = values ? a.v : a.k;
     const AttentionStrides& st = values ? a.v_strides : a.k_strides;
     const float* scales = values ? a.v_scale : a.k_scale;
+    const uint32_t* grids = values ? a.v_pairs : a.k_pairs;
     const AttentionStrides& ss = values ? a.v_scale_strides : a.k_scale_strides;
     for (int64_t j = 0; j < count;) {
       int64_t outer = it.sequence, row = key + j, run = count - j;
@@ -38,16 +40,34 @@ struct CacheRows {
         const float* s = scales + outer * ss.batch + it.kv_head * ss.head + row * ss.row;
         for (int64_t i = 0; i < run; ++i) scale[j + i] = s[i * ss.row];
       }
+      if (grids) {
+        const uint32_t* s = grids + outer * ss.batch + it.kv_head * ss.head + row * ss.row;
+        for (int64_t i = 0; i < run; ++i) pairs[j + i] = s + i * ss.row;
+      }
       j += run;
     }
-    for (int64_t j = count; j < padded; ++j) at[j] = at[count - 1], scale[j] = 0.0f;
+    for (int64_t j = count; j < padded; ++j) {
+      at[j] = at[count - 1], scale[j] = 0.0f;
+      if (grids) pairs[j] = pairs[count - 1];
+    }
   }
 };
+
+// V::kWidth elements from d of a cache row; pairs: of 4-bit codes.
+template <class V, DType kType>
+[[gnu::always_inline]] inline typename V::T cached(const char* row, const uint32_t* pairs,
+                                                   int64_t d) {
+  if constexpr (kType == DType::kUInt8)
+    return of_nibbles<V>(row, pairs, d);
+  else
+    return V::widen(row, d, kType);
+}
 
 // parts[r][j] = the vector of products of row r of q with cache row j, K of them, to be reduced.
 template <class V, DType kType, int R, int K>
 [[gnu::always_inline]] inline void multiply_keys(const float* q, int64_t ldq,
-                                                 const char* const* rows, int64_t depth,
+                                                 const char* const* rows,
+                                                 const uint32_t* const* pairs, int64_t depth,
                                                  float* parts) {
   typename V::T acc[R][K];
 #pragma GCC unroll 4
@@ -61,12 +81,12 @@ template <class V, DType kType, int R, int K>
     for (int r = 0; r < R; ++r) x[r] = V::load(q + r * ldq + d);
 #pragma GCC unroll 8
     for (int j = 0; j < K; ++j) {
-      const typename V::T y = V::widen(rows[j], d, kType);
+      const typename V::T y = cached<V, kType>(rows[j], pairs[j], d);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r][j] = V::fma(x[r], y, acc[r][j]);
     }
   }
-  if (d < depth)
+  if (kType != DType::kUInt8 && d < depth)
     for (int j = 0; j < K; ++j) {
       const typename V::T y = V::widen_tail(rows[j], d, kType, depth - d);
 #pragma GCC unroll 4
@@ -80,7 +100,7 @@ template <class V, DType kType, int R, int K>
 
 // sums[r][c ..] += sum over j of w[r][j] v[j][c ..], N vectors of columns.
 template <class V, DType kType, int R, int N>
-[[gnu::always_inline]] inline void weigh_rows(const float* w, const char* const* rows, int64_t j0,
+[[gnu::always_inline]] inline void weigh_rows(const float* w, const CacheRows& rows, int64_t j0,
                                               int64_t j1, int64_t c, float* sums, int64_t ld) {
   typename V::T acc[R][N];
 #pragma GCC unroll 4
@@ -90,7 +110,7 @@ template <class V, DType kType, int R, int N>
   for (int64_t j = j0; j < j1; ++j) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const typename V::T y = V::widen(rows[j], c + n * V::kWidth, kType);
+      const typename V::T y = cached<V, kType>(rows.at[j], rows.pairs[j], c + n * V::kWidth);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r][n] = V::fma(V::set(w[r * kDecodeChunk + j]), y, acc[r][n]);
     }
@@ -102,7 +122,7 @@ template <class V, DType kType, int R, int N>
 }
 
 template <class V, DType kType, int R>
-void weigh_columns(const float* w, const char* const* rows, int64_t j0, int64_t j1, int64_t depth,
+void weigh_columns(const float* w, const CacheRows& rows, int64_t j0, int64_t j1, int64_t depth,
                    float* sums, int64_t ld) {
   if (j0 >= j1) return;
   constexpr int kColumns = V::kWidth == 16 ? (R <= 2 ? 8 : 4) : 2;
@@ -118,7 +138,7 @@ void weigh_columns(const float* w, const char* const* rows, int64_t j0, int64_t 
     weigh_rows<V, kType, R, 1>(w, rows, j0, j1, c, sums, ld);
   if (c == depth) return;
   for (int64_t j = j0; j < j1; ++j) {
-    const typename V::T y = V::widen_tail(rows[j], c, kType, depth - c);
+    const typename V::T y = V::widen_tail(rows.at[j], c, kType, depth - c);
     for (int r = 0; r < R; ++r) {
       float* at = sums + r * ld + c;
       V::store(at, V::fma(V::set(w[r * kDecodeChunk + j]), y, V::load(at)));
@@ -154,6 +174,7 @@ void few_rows(const AttentionArgs& a, const AttentionItem& it, float* scratch) {
                a.q_dtype),
         a.q_dtype, a.scale, a.depth, q + r * ld);
     for (int64_t d = a.depth; d < ld; ++d) q[r * ld + d] = 0.0f;
+    if (kType == DType::kUInt8) hadamard(q + r * ld, a.depth);
     const bool sink = a.sinks && !it.partial && a.sinks[h] != kNone;
     top[r] = sink ? a.sinks[h] : kNone, total[r] = sink ? 1.0f : 0.0f;
   }
@@ -165,7 +186,8 @@ void few_rows(const AttentionArgs& a, const AttentionItem& it, float* scratch) {
     constexpr int kKeys = kW < 8 ? 2 : R <= 2 && kW == 16 ? 8 : kW == 16 ? 4 : 2;
     for (int64_t j = 0; j < padded; j += kW) {
       for (int64_t i = 0; i < kW; i += kKeys)
-        multiply_keys<V, kType, R, kKeys>(q, ld, rows.at + j + i, a.depth, parts + i * kW);
+        multiply_keys<V, kType, R, kKeys>(q, ld, rows.at + j + i, rows.pairs + j + i, a.depth,
+                                          parts + i * kW);
       for (int r = 0; r < R; ++r) {
         T x = V::reduce(parts + r * kW * kW);
         if (kType == DType::kInt8) x = V::mul(x, V::load(rows.scale + j));
@@ -200,18 +222,19 @@ void few_rows(const AttentionArgs& a, const AttentionItem& it, float* scratch) {
     // Keys that all rows see at once, the others row by row: what a mask hides is not touched.
     common0 -= lowest, common1 -= lowest;
     if (common0 >= common1) common0 = common1 = 0;
-    weigh_columns<V, kType, R>(scores, rows.at, common0, common1, a.depth, sums, ld);
+    weigh_columns<V, kType, R>(scores, rows, common0, common1, a.depth, sums, ld);
     for (int r = 0; r < R; ++r) {
       const int64_t lo = first[r] - lowest, hi = last[r] - lowest;
       const bool none = common0 == common1;
       const float* w = scores + r * kDecodeChunk;
-      weigh_columns<V, kType, 1>(w, rows.at, lo, none ? hi : common0, a.depth, sums + r * ld, ld);
-      if (!none) weigh_columns<V, kType, 1>(w, rows.at, common1, hi, a.depth, sums + r * ld, ld);
+      weigh_columns<V, kType, 1>(w, rows, lo, none ? hi : common0, a.depth, sums + r * ld, ld);
+      if (!none) weigh_columns<V, kType, 1>(w, rows, common1, hi, a.depth, sums + r * ld, ld);
     }
   }
 
   for (int r = 0; r < R; ++r) {
-    const float* sum = sums + r * ld;
+    float* sum = sums + r * ld;
+    if (kType == DType::kUInt8) hadamard(sum, a.depth);
     if (it.partial) {
       float* to = it.partial + r * (a.depth + 2);
       to[0] = top[r], to[1] = total[r];
@@ -250,8 +273,10 @@ void decode_rows(const AttentionArgs& a, const AttentionItem& it, float* scratch
       return few_rows<V, DType::kFloat16>(a, it, scratch);
     case DType::kBFloat16:
       return few_rows<V, DType::kBFloat16>(a, it, scratch);
-    default:
+    case DType::kInt8:
       return few_rows<V, DType::kInt8>(a, it, scratch);
+    default:
+      return few_rows<V, DType::kUInt8>(a, it, scratch);
   }
 }
 

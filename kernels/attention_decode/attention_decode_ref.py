@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.kernels.attention.attention_ref import attention
+from narrowcast.kernels.kv_append.kv_append_ref import from_nibbles
 
 
 def attention_decode(
@@ -13,7 +14,9 @@ def attention_decode(
     block_table=None, sinks=None,
 ) -> Tensor:  # fmt: skip
     k, v = k_cache.double(), v_cache.double()
-    if k_scale is not None:
+    if k_cache.dtype == torch.uint8:
+        k, v = from_nibbles(k_cache, k_scale), from_nibbles(v_cache, v_scale)
+    elif k_scale is not None:
         k, v = k * k_scale.double()[..., None], v * v_scale.double()[..., None]
     out = []
     for b, length in enumerate(lengths.tolist()):

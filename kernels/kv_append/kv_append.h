@@ -2,13 +2,19 @@
 //
 //   k, v     [B, Hkv, S, D], the last dimension adjacent; token s of sequence b goes to
 //            start[b] + s.
-//   caches   [B, Hkv, C, D] in float32, float16, bfloat16, or int8 with float32 scales [B, Hkv, C];
+//   caches   [B, Hkv, C, D] in float32, float16, bfloat16, or int8 with float32 scales [B, Hkv, C],
+//            or uint8 [B, Hkv, C, D / 2] of rotated 4-bit codes with grids [B, Hkv, C, D / 16];
 //            or pages [P, Hkv, page, D] in the order of block_table [B, pages].
 //   rope     as in rope/rope.h, at position start[b] + s: the first 2 * half dimensions of k turn,
 //            in pairs half apart or adjacent (interleaved).
+//   k_shift  [Hkv, D], 4-bit codes only: subtracted from k behind the rope. A vector that all keys
+//            of a head have in common changes no softmax, and takes the grid where keys differ.
 //
 // Numerics: float32, products and sums not fused, rounded once into the cache. int8: rows as
-// quantize/quantize.h does it, one scale per token and head.
+// quantize/quantize.h does it, one scale per token and head. 4-bit codes: the form of
+// common/hadamard.h; of kShrinks ranges about the middle of a group's the one with the least
+// squared error, codes by the rounded grid. NaN becomes 0 and is counted, what lies beyond +-1e30
+// becomes that.
 #pragma once
 #include <cstdint>
 
@@ -20,6 +26,8 @@ struct KvAppendArgs {
   const void *k, *v;
   void *k_cache, *v_cache;
   float *k_scale, *v_scale;                        // int8 caches only
+  uint32_t *k_pairs, *v_pairs;                     // 4-bit codes only; scale strides in pairs
+  const float* k_shift;                            // [Hkv, D] contiguous, or nullptr
   const float *cos, *sin;                          // [table_rows, half] contiguous, or nullptr
   const int32_t* start;                            // [B]
   const int32_t* block_table;                      // [B, table_stride] or nullptr

@@ -1,4 +1,5 @@
 // Where tensors stop: argument checks, the torch op, the executor's step.
+#include "common/hadamard.h"
 #include "common/rows.h"
 #include "common/stable.h"
 #include "common/step.h"
@@ -10,7 +11,7 @@ namespace {
 constexpr const char* kOp = "kv_append";
 
 struct Operands {
-  TensorView k_cache, v_cache, k, v, start, k_scale, v_scale, cos, sin, block_table;
+  TensorView k_cache, v_cache, k, v, start, k_scale, v_scale, cos, sin, block_table, k_shift;
 };
 
 bool same_sizes(const TensorView& x, const TensorView& y, int dims) {
@@ -30,8 +31,24 @@ void copy_strides(const TensorView& t, int64_t out[3]) {
   for (int d = 0; d < 3; ++d) out[d] = t.strides[d];
 }
 
+// Where the grids of 4-bit codes go, strides in pairs of bfloat16.
+uint32_t* grids(const Operands& o, const TensorView& t, const char* label, int64_t strides[3]) {
+  bool fits = t.dtype == DType::kBFloat16 && t.rank == 4 && same_sizes(t, o.k_cache, 3) &&
+              t.sizes[3] == o.k_cache.sizes[3] / 8 && has_dense_rows(t) && !is_expanded(t) &&
+              reinterpret_cast<uintptr_t>(t.data) % 4 == 0;
+  for (int d = 0; fits && d < 3; ++d) fits = t.strides[d] % 2 == 0 || t.sizes[d] <= 1;
+  NC_CHECK(fits, kOp, label,
+           " must be bfloat16 [.., D / 16], steps and minima of the groups of its ", "uint8 cache ",
+           shape(o.k_cache), ", and not expanded, got ", name(t.dtype), " ", shape(t));
+  for (const TensorView* y : {&o.k_cache, &o.v_cache, &o.k, &o.v})
+    NC_CHECK(!may_overlap(t, *y), kOp, label, " must not overlap another tensor");
+  for (int d = 0; d < 3; ++d) strides[d] = t.strides[d] / 2;
+  return static_cast<uint32_t*>(t.data);
+}
+
 KvAppendArgs append_args(const Operands& t, bool interleaved) {
-  const bool paged = defined(t.block_table), int8 = t.k_cache.dtype == DType::kInt8;
+  const bool paged = defined(t.block_table), int8 = t.k_cache.dtype == DType::kInt8,
+             nibbles = t.k_cache.dtype == DType::kUInt8;
   const char* form = paged ? "[P, Hkv, page, D]" : "[B, Hkv, C, D]";
   NC_CHECK(is_floating(t.k.dtype) && t.k.rank == 4, kOp,
            "k must be float32, float16 or bfloat16 [B, Hkv, S, D], got ", name(t.k.dtype), " ",
@@ -39,11 +56,14 @@ KvAppendArgs append_args(const Operands& t, bool interleaved) {
   NC_CHECK(t.v.dtype == t.k.dtype && t.v.rank == 4 && same_sizes(t.v, t.k, 4), kOp,
            "v must have the dtype and shape of k, ", name(t.k.dtype), " ", shape(t.k), ", got ",
            name(t.v.dtype), " ", shape(t.v));
-  NC_CHECK((is_floating(t.k_cache.dtype) || int8) && t.k_cache.rank == 4 &&
+  NC_CHECK(!nibbles || has_nibble_rows(t.k.sizes[3]), kOp,
+           "k_cache must be uint8 only for head sizes of 32, 64, 128 or 256, got k ", shape(t.k));
+  NC_CHECK((is_floating(t.k_cache.dtype) || int8 || nibbles) && t.k_cache.rank == 4 &&
                (paged || t.k_cache.sizes[0] == t.k.sizes[0]) &&
-               t.k_cache.sizes[1] == t.k.sizes[1] && t.k_cache.sizes[3] == t.k.sizes[3],
-           kOp, "k_cache must be float32, float16, bfloat16 or int8 ", form, " for k ", shape(t.k),
-           ", got ", name(t.k_cache.dtype), " ", shape(t.k_cache));
+               t.k_cache.sizes[1] == t.k.sizes[1] &&
+               t.k_cache.sizes[3] * (nibbles ? 2 : 1) == t.k.sizes[3],
+           kOp, "k_cache must be float32, float16, bfloat16, int8 or uint8 ", form, " for k ",
+           shape(t.k), ", got ", name(t.k_cache.dtype), " ", shape(t.k_cache));
   NC_CHECK(t.v_cache.dtype == t.k_cache.dtype && t.v_cache.rank == 4 &&
                same_sizes(t.v_cache, t.k_cache, 4),
            kOp, "v_cache must have the dtype and shape of k_cache, ", name(t.k_cache.dtype), " ",
@@ -77,9 +97,24 @@ KvAppendArgs append_args(const Operands& t, bool interleaved) {
     a.k_scale = static_cast<float*>(t.k_scale.data);
     a.v_scale = static_cast<float*>(t.v_scale.data);
     copy_strides(t.k_scale, a.k_scale_strides), copy_strides(t.v_scale, a.v_scale_strides);
+  } else if (nibbles) {
+    a.k_pairs = grids(t, t.k_scale, "k_scale", a.k_scale_strides);
+    a.v_pairs = grids(t, t.v_scale, "v_scale", a.v_scale_strides);
+    NC_CHECK(!may_overlap(t.k_scale, t.v_scale), kOp, "v_scale must not overlap k_scale");
   } else {
     NC_CHECK(!defined(t.k_scale) && !defined(t.v_scale), kOp,
              "k_scale and v_scale must be absent for ", name(t.k_cache.dtype), " caches");
+  }
+  if (defined(t.k_shift)) {
+    NC_CHECK(nibbles, kOp, "k_shift must be absent for ", name(t.k_cache.dtype), " caches");
+    NC_CHECK(t.k_shift.dtype == DType::kFloat32 && t.k_shift.rank == 2 &&
+                 t.k_shift.sizes[0] == a.heads && t.k_shift.sizes[1] == a.depth &&
+                 is_contiguous(t.k_shift),
+             kOp, "k_shift must be contiguous float32 [", a.heads, ", ", a.depth, "], got ",
+             name(t.k_shift.dtype), " ", shape(t.k_shift));
+    for (const TensorView* y : {&t.k_cache, &t.v_cache, &t.k_scale, &t.v_scale})
+      NC_CHECK(!may_overlap(t.k_shift, *y), kOp, "k_shift must not overlap a cache or its grids");
+    a.k_shift = static_cast<const float*>(t.k_shift.data);
   }
   if (defined(t.cos) || defined(t.sin)) {
     NC_CHECK(t.cos.dtype == DType::kFloat32 && t.cos.rank == 2 && is_contiguous(t.cos) &&
@@ -120,7 +155,8 @@ KvAppendArgs append_args(const Operands& t, bool interleaved) {
 void kv_append(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor& v_in,
                const Tensor& start_in, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
                const std::optional<Tensor>& cos_in, const std::optional<Tensor>& sin_in,
-               bool interleaved, const std::optional<Tensor>& table_in) {
+               bool interleaved, const std::optional<Tensor>& table_in,
+               const std::optional<Tensor>& shift_in) {
   const auto flat = [](const Tensor& t, const char* label) {
     view(t, kOp, label);  // refuses another device before it is copied
     return as_contiguous(t);
@@ -133,19 +169,19 @@ void kv_append(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor&
   };
   const Tensor k = rows(k_in, "k"), v = rows(v_in, "v"), start = flat(start_in, "start");
   const auto cos = flat_if(cos_in, "cos"), sin = flat_if(sin_in, "sin"),
-             table = flat_if(table_in, "block_table");
+             table = flat_if(table_in, "block_table"), shift = flat_if(shift_in, "k_shift");
   kv_append_run(
       append_args({view(k_cache, kOp, "k_cache"), view(v_cache, kOp, "v_cache"), view(k, kOp, "k"),
                    view(v, kOp, "v"), view(start, kOp, "start"), view(k_scale, kOp, "k_scale"),
                    view(v_scale, kOp, "v_scale"), view(cos, kOp, "cos"), view(sin, kOp, "sin"),
-                   view(table, kOp, "block_table")},
+                   view(table, kOp, "block_table"), view(shift, kOp, "k_shift")},
                   interleaved));
 }
 
 const RegisterStep kv_append_step(kOp, [](const StepSpec& s, PackCache&) -> Step {
   const KvAppendArgs args =
       append_args({s.inputs[0], s.inputs[1], s.inputs[2], s.inputs[3], s.inputs[4], s.inputs[5],
-                   s.inputs[6], s.inputs[7], s.inputs[8], s.inputs[9]},
+                   s.inputs[6], s.inputs[7], s.inputs[8], s.inputs[9], s.inputs[10]},
                   s.flag("interleaved"));
   return [args] { kv_append_run(args); };
 });

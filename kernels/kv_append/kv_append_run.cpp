@@ -2,9 +2,11 @@
 #include "kv_append/kv_append.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "common/check.h"
+#include "common/hadamard.h"
 #include "common/half.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -78,6 +80,48 @@ void narrow(const float* x, DType dtype, int64_t count, char* to, float* scale) 
     for (int64_t i = 0; i < count; ++i) h[i] = to_bfloat16(x[i]);
 }
 
+constexpr float kShrinks[] = {0.0f, 0.03f, 0.06f, 0.09f, 0.12f};
+
+// 32 values to their codes and grid.
+uint32_t narrow_group(const float* x, char* to) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
+  float low = x[0], high = x[0], best = INFINITY;
+  for (int i = 1; i < kNibbleGroup; ++i) low = std::min(low, x[i]), high = std::max(high, x[i]);
+  uint32_t chosen = 0;
+  for (const float shrink : kShrinks) {
+    const float range = high - low;
+    uint32_t pair = static_cast<uint32_t>(to_bfloat16(low + range * shrink * 0.5f)) << 16;
+    pair |= to_bfloat16(range * (1.0f - shrink) / 15.0f);
+    if (step_of(pair) < 1e-30f) pair = (pair & 0xffff0000u) | 0x3f80u;  // all alike: a step of 1
+    const float step = step_of(pair), minimum = minimum_of(pair), inverse = 1.0f / step;
+    float error = 0, codes[kNibbleGroup];
+    for (int i = 0; i < kNibbleGroup; ++i) {
+      const float c = ((x[i] - minimum) * inverse + kRound) - kRound;
+      codes[i] = std::min(std::max(c, 0.0f), 15.0f);
+      const float d = codes[i] * step + minimum - x[i];
+      error += d * d;
+    }
+    if (error >= best) continue;
+    best = error, chosen = pair;
+    for (int i = 0; i < 16; ++i)
+      to[i] = static_cast<char>(static_cast<int>(codes[i]) | static_cast<int>(codes[i + 16]) << 4);
+  }
+  return chosen;
+}
+
+// A row of floats, which it spoils, to rotated 4-bit codes.
+void narrow_nibbles(float* x, int64_t count, char* to, uint32_t* pairs) {
+  int64_t nan = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (x[i] != x[i]) x[i] = 0.0f, ++nan;
+    x[i] = std::min(std::max(x[i], -1e30f), 1e30f);
+  }
+  count_nan(nan);
+  hadamard(x, count);
+  for (int64_t g = 0; g < count / kNibbleGroup; ++g)
+    pairs[g] = narrow_group(x + g * kNibbleGroup, to + g * 16);
+}
+
 }  // namespace
 
 void kv_append_run(const KvAppendArgs& a) {
@@ -102,9 +146,16 @@ void kv_append_run(const KvAppendArgs& a) {
                                 : element(a.k_cache, a.k_cache_strides, outer, h, slot, t);
         float* scales = values ? a.v_scale : a.k_scale;
         const int64_t* st = values ? a.v_scale_strides : a.k_scale_strides;
-        float* scale = scales ? scales + outer * st[0] + h * st[1] + slot * st[2] : nullptr;
+        const int64_t scale_at = outer * st[0] + h * st[1] + slot * st[2];
+        float* scale = scales ? scales + scale_at : nullptr;
         widen(from, a.dtype, a.depth, row);
         if (!values && a.cos) turn(a, position, row);
+        if (t == DType::kUInt8) {
+          if (!values && a.k_shift)
+            for (int64_t d = 0; d < a.depth; ++d) row[d] -= a.k_shift[h * a.depth + d];
+          return narrow_nibbles(row, a.depth, const_cast<char*>(to),
+                                (values ? a.v_pairs : a.k_pairs) + scale_at);
+        }
         narrow(row, t, a.depth, const_cast<char*>(to), scale);
       };
       put(false);

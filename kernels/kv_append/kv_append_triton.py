@@ -169,9 +169,11 @@ def _tables(op: str, cos: Tensor | None, sin: Tensor | None, depth: int, device)
 def kv_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, start: Tensor, k_scale: Tensor | None = None,
     v_scale: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
-    interleaved: bool = False, block_table: Tensor | None = None,
+    interleaved: bool = False, block_table: Tensor | None = None, k_shift: Tensor | None = None,
 ) -> None:  # fmt: skip
     op, paged = "kv_append", block_table is not None
+    if k_shift is not None:  # belongs to caches of 4-bit codes, which LIMITS leaves to the reference
+        fail(op, f"k_shift must be absent for {name(k_cache.dtype)} caches")
     if k.dtype not in FLOATING or k.dim() != 4:
         fail(op, f"k must be float32, float16 or bfloat16 [B, Hkv, S, D], got {describe(k)}")
     if v.dtype != k.dtype or v.shape != k.shape:

@@ -21,7 +21,9 @@ def compress(
     budget: Annotated[
         float | None, typer.Option(help="largest relative loss of the model's own metric, such as 0.01")
     ] = None,
-    kv_cache: Annotated[str, typer.Option(help="float or int8: the cache of a language model")] = "float",
+    kv_cache: Annotated[
+        str, typer.Option(help="float, int8 or int4: the cache of a language model")
+    ] = "float",
     objective: Annotated[str, typer.Option(help="what recipe auto makes small: bytes or latency")] = "bytes",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="predict bytes, time and memory; write nothing")

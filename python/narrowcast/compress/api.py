@@ -30,7 +30,8 @@ from .default_text import PASSAGES
 from .distill import distill as distill_graph
 from .gptq import DAMPING
 from .half_attention import narrow_attention
-from .kv_cache import quantize_kv_cache
+from .kv_cache import KINDS as CACHES
+from .kv_cache import common_keys, quantize_kv_cache
 from .prune import prune_graph
 from .search import KINDS, Search
 from .sequential import round_in_sequence
@@ -97,7 +98,7 @@ def compress(
         cosine, or 1 - top-class agreement. A result outside it raises; "auto" goes back to float32 if it must.
     objective: what "auto" makes small: "bytes" of the plan, or "latency", measured with the kernels of this machine;
         then a layer that is not faster quantised stays in float.
-    kv_cache: "float", or "int8" for a decoder's cache.
+    kv_cache: "float", or "int8" or "int4" (rotated) for a decoder's cache.
     group_size: of weights along K for the grouped recipes (default 32); of activations for "int8" (default 64, for
         encoders 32; 0 is one scale per token).
         A layer whose inputs it does not divide has smaller groups, and says so.
@@ -116,8 +117,8 @@ def compress(
     """
     if recipe not in (*RECIPES, "auto"):
         raise ArgumentError(f"recipe must be one of {', '.join(RECIPES)} or auto, got {recipe!r}")
-    if kv_cache not in ("float", "int8"):
-        raise ArgumentError(f"kv_cache must be float or int8, got {kv_cache!r}")
+    if kv_cache not in CACHES:
+        raise ArgumentError(f"kv_cache must be float, int8 or int4, got {kv_cache!r}")
     if budget is not None and not 0 < budget < 1:
         raise ArgumentError(f"budget must lie between 0 and 1 (0.01 is one per cent), got {budget}")
     if distill < 0 or (distill and prune is None):
@@ -371,10 +372,11 @@ def _finish(
     kv_cache: str,
 ) -> Plan:
     """The plan of a rewritten graph, without its certificate."""
-    if kv_cache == "int8":
+    if kv_cache != "float":
         if model.kind != "decoder":
             raise ArgumentError(f"kv_cache must be float for a model of kind {model.kind}")
-        quantize_kv_cache(graph)
+        shifts = common_keys(fused, data.calibration) if kv_cache == "int4" else ()
+        quantize_kv_cache(graph, kv_cache, shifts)
     narrowed = narrow_attention(graph) if recipe in ("int8", "int4", "auto") else 0
     graph.clean()
     graph.fx.lint()
