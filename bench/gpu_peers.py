@@ -207,7 +207,7 @@ def all_integer(causal: bool) -> Peer:
     def build(i: Inputs):
         from narrowcast.kernels.attention_int8 import attention_int8_triton as room
 
-        call = functools.partial(room.attention_int8, causal=causal, integer_values=True)
+        call = functools.partial(room.attention_all_int8, causal=causal)
         return lambda: call(i["q"], i["k"], i["v"])
 
     return Peer("triton, all integers", build)

@@ -39,7 +39,7 @@ def attention_int8(
     Triton has a second form that keeps to integers: weights of 8 bits times v in 8 bits with a scale per key,
     summed in int32 (attention_int8_values_triton.py has formula and bound; for standard normal values it, too,
     stays within 0.02). It rounds more than this op says, so it is asked for by name:
-    ``attention_int8_triton.attention_int8(..., integer_values=True)``.
+    ``attention_int8_triton.attention_all_int8(q, k, v, ...)``.
 
     Raises RuntimeError naming the argument. Smoothing of keys: Zhang et al. 2024,
     arXiv 2410.02367.

@@ -4,7 +4,7 @@ Three kernels: partial sums of the keys (always PARTS per sequence and head, so 
 on the batch), the codes of the keys, and attention itself, which makes the codes of its rows of q as it
 starts. The int32 scores become float32 by an addition: |q^ . k^| <= 127 * 127 * 256 < 2^22.
 
-The sums over v are those of attention, or, where the caller asks for ``integer_values``, of the all-integer form of
+The sums over v are those of attention, or, in attention_all_int8, those of the all-integer form in
 attention_int8_values_triton.py.
 """
 
@@ -304,12 +304,20 @@ def quantize_keys(a: Attention) -> tuple[Tensor, Tensor, Tensor]:
 def attention_int8(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None,
     causal: bool = False, window: int = 0, softcap: float = 0.0, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, sinks: Tensor | None = None, *, integer_values: bool = False,
+    cu_seqlens_k: Tensor | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The op; with integer_values the weights and v are rounded to 8 bits as well, which the op never does unasked."""
     a = attention_arguments(
         "attention_int8", q, k, v, bias, scale, causal, window, softcap, cu_seqlens_q, cu_seqlens_k, sinks
     )
+    return _run(a, False)
+
+
+def attention_all_int8(q: Tensor, k: Tensor, v: Tensor, *arguments, **options) -> Tensor:
+    """The op with weights and v rounded to 8 bits as well, which it never does unasked. Arguments of attention_int8."""
+    return _run(attention_arguments("attention_int8", q, k, v, *arguments, **options), True)
+
+
+def _run(a: Attention, integer_values: bool) -> Tensor:
     out = a.q.new_empty((*a.q.shape[:-1], a.v_depth))
     if out.numel() == 0:
         return out

@@ -8,6 +8,18 @@ _SPREAD = "another permutation of a row's chunks, by which both sides go: only b
 WHY = {
     "quantize": {},
     "norm": {},
+    "attention": {
+        "2 + 1 in: const int turn = kRowBytes == 32 ? row >> 2 & 1 : kRowBytes == 64 ? row >> 1 & 3 : row & 7;": _SPREAD,
+        "1 + 1 in: const int turn = kRowBytes == 32 ? row >> 2 & 1 : kRowBytes == 64 ? row >> 1 & 3 : row & 7;": _SPREAD,
+        "0 + 1 in: return v < 0 ? 0 : v > most ? static_cast<int>(most) : v;": "0 becomes 0 either way",
+        "0 + 1 in: place.rows = span_of(cu, 0, total), place.blocks = blocks_of(place.rows.count);": (
+            "without cu every sequence is as long"
+        ),
+        "0 + 1 in: return {page < 0 || page >= w.pages ? 0 : page, key % size};": "page 0 is page 0 either way",
+        "0 + 1 in: const int bytes = left > 0 ? 16 : 0;": "aligned rows end with a whole chunk: one value is never left",
+        "2 + 1 in: return combine(v, ptx::shuffle_xor(v, 2));": "lanes 1 apart already hold the same: 3 apart is 2 apart",
+        "0 + 1 in: if (row >= w.item.rows || (column >= a.v_depth && column > 0)) continue;": "columns are multiples of 8",
+    },
     "linear_int8": {
         "1 + 1 in: return (chunk ^ (row >> 1 & 3)) * kChunk;": _SPREAD,
         "2 + 1 in: sum = sum + ptx::shuffle_xor(sum, 2);": "lanes 1 apart already hold the same: 3 apart is 2 apart",

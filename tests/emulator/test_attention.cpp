@@ -306,14 +306,23 @@ struct Case {
   float softcap = 0.0f;
   int64_t pad = 0;      // between rows
   bool strays = false;  // pages that do not exist, which count as page 0
+  bool steep = false;   // the first key far above the others, whose exponentials overflow beside it
 };
 
 void run(const Case& c) {
   const int64_t batch = static_cast<int64_t>(c.lengths.size()), ld = c.depth + c.pad;
   const int64_t pages = c.page ? c.capacity / c.page : 1, page = c.page ? c.page : c.capacity;
   const int64_t keys = batch * pages * c.kv_heads * page;  // of all pages, one more of them unused
-  const Buffer<uint16_t> q(truth::halves(c.dtype, batch * c.heads * c.sq * c.depth));
-  const Buffer<uint16_t> k(truth::halves(c.dtype, keys * ld)), v(truth::halves(c.dtype, keys * ld));
+  std::vector<uint16_t> q_values = truth::halves(c.dtype, batch * c.heads * c.sq * c.depth);
+  std::vector<uint16_t> k_values = truth::halves(c.dtype, keys * ld),
+                        v_values = truth::halves(c.dtype, keys * ld);
+  if (c.steep) {
+    for (uint16_t& x : q_values) x = 0x4400;  // 4
+    for (int64_t head = 0; head < batch * c.kv_heads; ++head)
+      std::fill_n(k_values.begin() + head * page * ld, c.depth, uint16_t{0x4800});  // 8
+    for (int64_t key = 0; key < keys; ++key) v_values[key * ld] = 0;
+  }
+  const Buffer<uint16_t> q(q_values), k(k_values), v(v_values);
   std::vector<int8_t> codes(keys * ld);
   for (int8_t& x : codes) x = static_cast<int8_t>(emulator::random_number());
   std::vector<float> scales(keys);
@@ -385,6 +394,7 @@ void run_all() {
       {2, 1, 33, 70, 160, {70}, kHalf, true},
       {2, 1, 17, 70, 128, {41, 17}, kBrain, true, false, 0, 35},
       {1, 1, 2, 40, 16, {1, 0, -3, 99}},
+      {2, 1, 1, 600, 64, {600}, kHalf, false, false, 0, 0, 0.0f, 0, false, true},
   };
   for (const Case& c : cases) expect("attention_decode", "", 2, [&] { run(c); });
 }

@@ -16,7 +16,7 @@ from tolerances import assert_close
 
 
 def integer(*arguments, **options):
-    return room.attention_int8(*arguments, **options, integer_values=True)
+    return room.attention_all_int8(*arguments, **options)
 
 
 def assert_within(out, q, k, v, bias=None, message="", **options):
