@@ -14,7 +14,7 @@ from torch import nn
 
 import narrowcast as nc
 from command_line import one_line
-from narrowcast.compress import api, hygiene
+from narrowcast.compress import calibration_data, hygiene
 from narrowcast.errors import FormatError
 from narrowcast.graph import Graph, Plan
 from narrowcast.graph.page import write_page
@@ -307,11 +307,9 @@ def test_gptq_on_too_little_data_is_called_overfitted(monkeypatch):
     ratio = lambda p: p.certificate["data"]["held_out_over_calibration"]  # noqa: E731
     little = texts(50)
     helped = nc.compress(embedder, recipe="int4", data=little)
-    monkeypatch.setattr(api, "random_texts", lambda *arguments: [])
+    monkeypatch.setattr(calibration_data, "random_texts", lambda *arguments: [])
     few, many = (nc.compress(embedder, recipe="int4", data=data) for data in (little, texts(1500)))
-    assert ratio(helped) < ratio(
-        few
-    )  # random texts beside the data are what keeps it from being learnt by heart
+    assert ratio(helped) < ratio(few)  # random texts keep the data from being learnt by heart
     assert ratio(few) > hygiene.OVERFIT > ratio(many) > 0.7, (ratio(few), ratio(many))
     assert any(w.startswith("overfitted: ") for w in few.record["warnings"])
     assert any("320 tokens, give 2048 or more" in w for w in few.record["warnings"])

@@ -258,8 +258,8 @@ def added_bytes(
     stages = {"calibration": run + statistics if trying else 0}
     # Errors of a weight are summed in float64: two copies of that size beside the weight restored and its error.
     stages["quantising"] = statistics + size + (5 * largest if trying else 0)
-    convolutions = kind == "image" and recipe in ("int8", "int4", "auto") and data.calibration
-    if convolutions or prune:
+    convolutions = kind == "image" and recipe in ("int8", "int4", "auto")
+    if (convolutions or prune) and data.calibration:
         # Both graphs hold what all pictures make of a layer; the rows that a layer is fitted to come to that.
         seen = data.calibration[: STATISTICS_BATCHES["image"] if recipe == "auto" else None]
         alive = live_bytes(graph, data.calibration[0], outputs=False)
