@@ -146,7 +146,7 @@ def network(name: str, model, module, path: Path, calibration, crops, options) -
         got = torch.cat([engine.prepare(x)().float() for x in crops.split(16)])
         result = metrics.image_metrics(expected, got)
         accuracy[engine.name] = {
-            n: round(result[n].value, 5) for n in ("agreement", "agreement_confident", "kl")
+            n: round(result[n].value, 5) for n in ("agreement", "agreement_confident", "kl") if n in result
         }
     rows = []
     for batch in (1, 16):
