@@ -57,7 +57,13 @@ def test_the_function_is_preserved(tmp_path, tied, seed):
     assert added == ([INTO, BACK] if tied else [])
     ids = torch.randint(0, model.config["vocab"], (1, 13))
     expected = logits(graph, ids)
-    assert ((logits(turned, ids) - expected).norm() / expected.norm()) < 1e-5
+    # Turned weights are rounded anew, once: what such a rounding makes of these logits is the measure.
+    rounded = graph.clone()
+    for name, w in graph.weights.items():
+        if w.is_floating_point() and w.dim() == 2:
+            rounded.weights[name] = w + w.abs().amax() * 2**-24 * torch.randn(w.shape)
+    noise = (logits(rounded, ids) - expected).norm()
+    assert (logits(turned, ids) - expected).norm() < 16 * noise < 1e-3 * expected.norm()
     # Every product of the decoder has other weights, but for a table that the output shares.
     same = [n for n, w in turned.weights.items() if n in graph.weights and torch.equal(w, graph.weights[n])]
     assert [n for n in same if turned.weights[n].dim() == 2 and "layers" in n] == []
